@@ -1,0 +1,185 @@
+"""The `expertline` command. Errors are one line on stderr; heavy imports wait until needed."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from deploy.errors import StartError, UsageError
+
+app = typer.Typer(
+    help="Serve DeepSeek-Coder-V2 on the GPU nodes you have.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+checkpoints = typer.Typer(help="Make and look at checkpoints.", no_args_is_help=True)
+app.add_typer(checkpoints, name="checkpoint")
+_console = Console(stderr=False)
+
+ModelOption = Annotated[str | None, typer.Option(help="checkpoint folder, or `nano`")]
+StagesOption = Annotated[int | None, typer.Option(help="pipeline stages")]
+ExpertsOption = Annotated[int | None, typer.Option(help="expert-parallel ranks per stage")]
+DtypeOption = Annotated[str | None, typer.Option(help="float32 or bfloat16")]
+ExchangeOption = Annotated[str | None, typer.Option(help="gather or all_to_all")]
+ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads per rank")]
+CacheOption = Annotated[int | None, typer.Option(help="cache tokens per column of ranks")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="settings as YAML")]
+
+
+def main() -> None:
+    """Entry point: user errors end with code 2 and one line, failed starts with 1."""
+    try:
+        app(standalone_mode=False)
+    except (UsageError, typer.BadParameter) as error:
+        _end(str(error), 2)
+    except StartError as error:
+        _end(str(error), 1)
+    except typer.Exit as ending:
+        sys.exit(ending.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as error:
+        if type(error).__module__.split(".")[0] == "click" or hasattr(error, "exit_code"):
+            message = getattr(error, "format_message", lambda: str(error))()
+            _end(message, 2)
+        raise
+
+
+def _end(message: str, code: int) -> NoReturn:
+    print(f"expertline: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+@app.command()
+def up(
+    model: ModelOption = None,
+    name: Annotated[str | None, typer.Option(help="model id that clients use")] = None,
+    stages: StagesOption = None,
+    expert_parallel: ExpertsOption = None,
+    replicas: Annotated[int | None, typer.Option(help="engine replicas")] = None,
+    dtype: DtypeOption = None,
+    exchange: ExchangeOption = None,
+    threads: ThreadsOption = None,
+    cache_tokens: CacheOption = None,
+    max_model_len: Annotated[int | None, typer.Option(help="prompt + output tokens")] = None,
+    host: Annotated[str | None, typer.Option(help="address to listen on")] = None,
+    port: Annotated[int | None, typer.Option(help="port to listen on")] = None,
+    api_keys_file: Annotated[Path | None, typer.Option(help="one `name:key` per line")] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Serve a model until Ctrl-C: a local Ray, or the cluster that RAY_ADDRESS names."""
+    from deploy.preflight import load_settings
+    from deploy.up import up as run
+
+    flags: dict[str, dict[str, Any]] = {
+        "model": {"path": model, "name": name, "dtype": dtype, "max_model_len": max_model_len},
+        "gang": {
+            "stages": stages,
+            "expert_parallel": expert_parallel,
+            "exchange": exchange,
+            "threads": threads,
+            "cache_tokens": cache_tokens,
+        },
+        "engine": {"replicas": replicas},
+        "ingress": {"host": host, "port": port, "api_keys_file": api_keys_file},
+    }
+    run(load_settings(config, flags), _console)
+
+
+@app.command()
+def chat(
+    url: Annotated[str, typer.Option(help="a running server")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="default: the server's first")] = None,
+    system: Annotated[str | None, typer.Option(help="system message")] = None,
+    temperature: Annotated[float | None, typer.Option()] = None,
+    max_tokens: Annotated[int | None, typer.Option()] = 512,
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY")] = None,
+) -> None:
+    """Talk to a running server from the terminal."""
+    from deploy.chat import ChatOptions, talk
+
+    talk(ChatOptions(url, model, system, temperature, max_tokens, api_key), _console)
+
+
+@app.command()
+def bench(
+    model: ModelOption = None,
+    stages: StagesOption = None,
+    expert_parallel: ExpertsOption = None,
+    dtype: DtypeOption = None,
+    exchange: ExchangeOption = None,
+    threads: ThreadsOption = None,
+    batch: Annotated[int, typer.Option(min=1, max=4096, help="requests at once")] = 16,
+    prompt: Annotated[int, typer.Option(min=1, help="prompt tokens of each")] = 256,
+    output: Annotated[int, typer.Option(min=1, help="generated tokens of each")] = 64,
+    seed: Annotated[int, typer.Option()] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Engine speed without HTTP and without Ray: random prompts, no early stop."""
+    from deploy.bench import BenchPlan, run_bench, show
+    from deploy.preflight import check_model, load_settings
+
+    flags: dict[str, dict[str, Any]] = {
+        "model": {"path": model, "dtype": dtype},
+        "gang": {
+            "stages": stages,
+            "expert_parallel": expert_parallel,
+            "exchange": exchange,
+            "threads": threads,
+        },
+    }
+    settings = load_settings(None, flags)
+    check_model(settings)
+    report = run_bench(settings, BenchPlan(batch, prompt, output, seed))
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        show(report, _console)
+
+
+@app.command()
+def loadtest(
+    url: Annotated[str, typer.Option(help="an OpenAI-compatible server")] = "http://127.0.0.1:8000",
+    model: Annotated[str, typer.Option()] = "nano",
+    rate: Annotated[float, typer.Option(min=0.001, help="requests per second")] = 2.0,
+    requests: Annotated[int, typer.Option(min=1, max=100_000)] = 60,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    endpoint: Annotated[str, typer.Option(help="chat or completions")] = "completions",
+    seed: Annotated[int, typer.Option()] = 0,
+    json_path: Annotated[Path | None, typer.Option("--json", help="write the report here")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY")] = None,
+) -> None:
+    """Open-loop load against a server, with every answer checked."""
+    from deploy.loadtest import run_loadtest
+
+    run_loadtest(
+        url, model, rate, requests, max_tokens, endpoint, seed, json_path, api_key, _console
+    )
+
+
+@checkpoints.command("random")
+def checkpoint_random(
+    out: Annotated[Path, typer.Option(help="new folder")],
+    shape: Annotated[str, typer.Option(help="nano, bench-1b, lite or 236b")] = "nano",
+    layers: Annotated[int | None, typer.Option(min=1, help="cut to this many layers")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Write a random checkpoint in the Hugging Face layout."""
+    from deploy.checkpoints import make_random
+
+    make_random(shape, out, layers, seed, _console)
+
+
+@checkpoints.command("inspect")
+def checkpoint_inspect(
+    directory: Annotated[Path, typer.Argument(help="checkpoint folder")],
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Say what a checkpoint holds and whether it is whole."""
+    from deploy.checkpoints import inspect
+
+    inspect(directory, as_json, _console)

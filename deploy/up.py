@@ -1,0 +1,145 @@
+"""`expertline up`: serve a model in the foreground until Ctrl-C."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
+
+from deploy.errors import StartError
+from deploy.local_ray import local_ray
+from deploy.preflight import check_model, check_port
+from serving.config import Settings
+
+_POLL_S = 0.2
+_CALL_S = 2.0
+
+
+def up(settings: Settings, console: Console) -> None:
+    """Serves until SIGINT or SIGTERM; prints one `ready` line when a request would succeed.
+
+    Raises:
+        UsageError: something that can be known beforehand is wrong; nothing was started.
+        StartError: the cluster could not bring the application up; nothing is left running.
+    """
+    check_model(settings)
+    check_port(settings.ingress.host, settings.ingress.port)
+    with _stop_signal() as stopped, local_ray():
+        from ray import serve
+
+        try:
+            status = _start(settings, stopped, console)
+            if status is not None:
+                console.print(ready_line(settings, status), highlight=False, soft_wrap=True)
+                _wait(stopped)
+        finally:
+            console.print("stopping", style="dim")
+            serve.shutdown()
+
+
+def ready_line(settings: Settings, status: dict[str, Any]) -> str:
+    """URL, model, stages × ranks, cache tokens."""
+    gang = settings.gang
+    return (
+        f"ready http://{settings.ingress.host}:{settings.ingress.port} "
+        f"model={settings.model.served_name} dtype={settings.model.dtype} "
+        f"stages={gang.stages} expert_parallel={gang.expert_parallel} "
+        f"engines={len(status['engines'])} cache_tokens={status['cache_tokens']}"
+    )
+
+
+def _start(
+    settings: Settings, stopped: threading.Event, console: Console
+) -> dict[str, Any] | None:
+    """Deploys and waits until `/readyz` says yes; the router's status, or None if stopped."""
+    import torch  # noqa: F401  (before Serve: its import takes the longest)
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    from serving.app import APP_NAME, PROXY_LOCATION, build
+
+    http = HTTPOptions(host=settings.ingress.host, port=settings.ingress.port)
+    serve.start(proxy_location=PROXY_LOCATION, http_options=http)
+    serve.run_many(
+        [serve.RunTarget(build(settings), name=APP_NAME, route_prefix="/")],
+        wait_for_ingress_deployment_creation=False,
+        wait_for_applications_running=False,
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        loading = progress.add_task("starting", total=None)
+        while not stopped.wait(_POLL_S):
+            _raise_if_failed(serve.status().applications.get(APP_NAME))
+            status = _router_status(APP_NAME)
+            if status is not None:
+                _show(progress, loading, status)
+                wanted = settings.engine.replicas
+                if len(status["engines"]) >= wanted and _is_ready(settings):
+                    return status
+    return None
+
+
+def _raise_if_failed(application: Any) -> None:
+    if application is None or application.status.value not in ("DEPLOY_FAILED", "UNHEALTHY"):
+        return
+    messages = [d.message for d in application.deployments.values() if d.message]
+    text = next(iter(messages), application.message) or "the application failed"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    raise StartError(lines[-1] if lines else "the application failed")
+
+
+def _router_status(app: str) -> dict[str, Any] | None:
+    """The router's view; None while there is no router yet."""
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        handle = serve.get_deployment_handle("Router", app)
+        status: dict[str, Any] = handle.status.remote().result(timeout_s=_CALL_S)
+    except (RayServeException, TimeoutError):
+        return None
+    return status
+
+
+def _is_ready(settings: Settings) -> bool:
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.ingress.host, settings.ingress.host)
+    try:
+        url = f"http://{host}:{settings.ingress.port}/readyz"
+        return httpx.get(url, timeout=_CALL_S, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _show(progress: Progress, task: TaskID, status: dict[str, Any]) -> None:
+    loading = status["loading"].values()
+    total = sum(entry[1] for entry in loading)
+    if total:
+        done = sum(entry[0] for entry in loading)
+        progress.update(task, description="loading weights", completed=done, total=total)
+
+
+def _wait(stopped: threading.Event) -> None:
+    while not stopped.wait(3600):
+        continue
+
+
+@contextmanager
+def _stop_signal() -> Iterator[threading.Event]:
+    """SIGINT and SIGTERM set an event instead of killing us in the middle of something."""
+    event = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        event.set()
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+

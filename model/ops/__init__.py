@@ -1,0 +1,156 @@
+"""Every hot operation of the network under one signature, whatever the device.
+
+`reference` is plain torch, runs everywhere and is the truth. A device's own module holds what
+it does faster; an operation that it lacks falls back to the reference. Which implementation
+runs is decided by the device of the first tensor.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from model.ops import cpu, reference
+
+_KERNELS: dict[str, ModuleType] = {"cpu": cpu}
+
+
+@cache
+def _implementation(name: str, device: str) -> Callable[..., Any]:
+    return getattr(_KERNELS.get(device), name, None) or getattr(reference, name)
+
+
+def _run(name: str, first: Tensor, *rest: Any) -> Any:
+    return _implementation(name, first.device.type)(first, *rest)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., D] over its root mean square, times weight [D].
+
+    Computed in fp32 and cast to x's dtype before the weight is applied.
+    """
+    return _run("rms_norm", x, weight, eps)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu of the first half of the last dimension times the second: [..., 2 D] to [..., D]."""
+    return _run("silu_mul", gate_up)
+
+
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotates x [T, heads, D] in place, dimensions 2 i and 2 i + 1 as a pair.
+
+    x may be a view into wider rows; cos and sin are [T, D / 2] fp32.
+    """
+    _run("rotate_", x, cos, sin)
+
+
+def write_rows(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
+    """Puts rows [T, latent] at slots [T] of one layer's cache [pages, 64, latent]."""
+    _run("write_rows", cache, slots, rows)
+
+
+def read_rows(cache: Tensor, slots: Tensor, like: Tensor) -> Tensor:
+    """The rows at slots [N] of one layer's cache, [N, latent] in the dtype of `like`."""
+    return _run("read_rows", cache, slots, like)
+
+
+def attend(
+    query: Tensor, key: Tensor, shared_key: Tensor, value: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention of one sequence's queries over expanded keys and values.
+
+    Args:
+        query: [n, heads, nope + rope].
+        key: [m, heads, nope], each head's own part of the keys.
+        shared_key: [m, rope], the rotated part that all heads share.
+        value: [m, heads, v], with v no wider than a query.
+        scale: what scores are multiplied by.
+        causal: query i sees keys 0 to i only (n = m); else all.
+
+    Returns:
+        Outputs [n, heads, v] in query's dtype, and log-sum-exp of the scores [n, heads] fp32.
+    """
+    return _run("attend", query, key, shared_key, value, scale, causal)
+
+
+def attend_latents(
+    query: Tensor, latents: Tensor, value_dim: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of absorbed queries over the latents of one sequence, all of which they see.
+
+    Args:
+        query: [n, heads, latent].
+        latents: [m, latent], keys of all heads; their first `value_dim` elements are the values.
+        value_dim: width of a value.
+        scale: what scores are multiplied by.
+
+    Returns:
+        Outputs [n, heads, value_dim] in query's dtype, and log-sum-exp [n, heads] fp32.
+    """
+    return _run("attend_latents", query, latents, value_dim, scale)
+
+
+def attend_pages(
+    query: Tensor, cache: Tensor, pages: Tensor, lengths: Tensor, value_dim: int, scale: float
+) -> Tensor:
+    """The same for one absorbed query each of many sequences, over their pages of the cache.
+
+    Args:
+        query: [B, heads, latent].
+        cache: [all pages, 64, latent], one layer's.
+        pages: [B, P] int64 page tables.
+        lengths: [B] int64, keys that each sees, at least 1; in descending order.
+        value_dim: width of a value.
+        scale: what scores are multiplied by.
+
+    Returns:
+        [B, heads, value_dim] in query's dtype.
+    """
+    return _run("attend_pages", query, cache, pages, lengths, value_dim, scale)
+
+
+def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two disjoint sets of keys, from the attention over each.
+
+    Outputs are [n, heads, v], log-sum-exps [n, heads] fp32; so is what comes back.
+    """
+    return _run("merge", out, lse, other, other_lse)
+
+
+def route(
+    logits: Tensor, top_k: int, groups: int, groups_kept: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Which experts each row goes to, likeliest first.
+
+    The softmax over all experts; then, if there are several groups of consecutive experts, only
+    the `groups_kept` whose best expert is best stay eligible; then the `top_k` of those.
+
+    Args:
+        logits: [T, experts] fp32.
+
+    Returns:
+        Expert ids [T, top_k] int64 and weights, times `scale`, [T, top_k] fp32.
+    """
+    return _run("route", logits, top_k, groups, groups_kept, scale)
+
+
+def weighted_experts(
+    hidden: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, first: int
+) -> Tensor:
+    """The weighted sum over those of each row's experts that are here.
+
+    Args:
+        hidden: [N, H]; N may be 0.
+        ids: [N, k] int64; experts that are not here, and -1, contribute nothing.
+        weights: [N, k] fp32.
+        gate_up: [E, 2 inter, H], experts first to first + E - 1.
+        down: [E, H, inter].
+        first: id of the first expert here.
+
+    Returns:
+        [N, H] in hidden's dtype, summed in fp32.
+    """
+    return _run("weighted_experts", hidden, ids, weights, gate_up, down, first)

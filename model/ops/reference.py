@@ -1,0 +1,115 @@
+"""The operations in plain torch, for any device: the truth that kernels are tested against.
+
+Signatures and meaning are those of `model.ops`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    pairs = x.float().unflatten(-1, (-1, 2))  # [T, heads, D / 2, 2]
+    even, odd = pairs[..., 0], pairs[..., 1]
+    cos, sin = cos[:, None], sin[:, None]
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    x.copy_(turned.flatten(-2))
+
+
+def write_rows(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
+    cache.flatten(0, 1)[slots] = rows.to(cache.dtype)
+
+
+def read_rows(cache: Tensor, slots: Tensor, like: Tensor) -> Tensor:
+    return cache.flatten(0, 1).index_select(0, slots).to(like.dtype)
+
+
+def attend(
+    query: Tensor, key: Tensor, shared_key: Tensor, value: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    nope = key.shape[-1]
+    scores = torch.einsum("nhd,mhd->hnm", query[..., :nope].float(), key.float())
+    scores += torch.einsum("nhd,md->hnm", query[..., nope:].float(), shared_key.float())
+    scores *= scale
+    if causal:
+        hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=query.device).triu(1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    out = torch.einsum("hnm,mhv->nhv", scores.softmax(-1), value.float())
+    return out.to(query.dtype), scores.logsumexp(-1).t()
+
+
+def attend_latents(
+    query: Tensor, latents: Tensor, value_dim: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    keys = latents.float()
+    scores = torch.einsum("nhd,md->nhm", query.float(), keys) * scale
+    out = torch.einsum("nhm,mv->nhv", scores.softmax(-1), keys[:, :value_dim])
+    return out.to(query.dtype), scores.logsumexp(-1)
+
+
+def attend_pages(
+    query: Tensor, cache: Tensor, pages: Tensor, lengths: Tensor, value_dim: int, scale: float
+) -> Tensor:
+    keys = cache[pages].flatten(1, 2).float()  # [B, P * 64, latent]
+    unseen = torch.arange(keys.shape[1], device=query.device) >= lengths[:, None]
+    keys = keys.masked_fill(unseen[..., None], 0.0)  # whatever a page held before, NaN included
+    scores = torch.einsum("bhd,bmd->bhm", query.float(), keys) * scale
+    scores = scores.masked_fill(unseen[:, None], float("-inf"))
+    out = torch.einsum("bhm,bmv->bhv", scores.softmax(-1), keys[..., :value_dim])
+    return out.to(query.dtype)
+
+
+def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    total = torch.logaddexp(lse, other_lse)  # [n, heads]
+    share, other_share = (lse - total).exp(), (other_lse - total).exp()
+    merged = out.float() * share[..., None] + other.float() * other_share[..., None]
+    return merged.to(out.dtype), total
+
+
+def route(
+    logits: Tensor, top_k: int, groups: int, groups_kept: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    scores = logits.softmax(-1)  # [T, experts]
+    if groups > 1:
+        grouped = scores.unflatten(-1, (groups, -1))  # [T, groups, experts / groups]
+        kept = grouped.amax(-1).topk(groups_kept).indices  # [T, groups_kept]
+        barred = torch.ones(grouped.shape[:2], dtype=torch.bool, device=logits.device)
+        barred.scatter_(1, kept, False)
+        scores = grouped.masked_fill(barred[..., None], float("-inf")).flatten(1)
+    weights, ids = scores.topk(top_k, sorted=True)
+    return ids, weights * scale
+
+
+def weighted_experts(
+    hidden: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, first: int
+) -> Tensor:
+    (rows, top_k), experts = ids.shape, gate_up.shape[0]
+    if rows == 0:
+        return torch.zeros_like(hidden)
+    local = (ids - first).flatten()
+    local = torch.where((local >= 0) & (local < experts), local, experts)  # last: not here
+    ends = torch.bincount(local, minlength=experts + 1)[:experts].cumsum(0)  # [E]
+    order = local.argsort(stable=True)[: int(ends[-1])]  # [M] entries that are here, by expert
+    # One row more than there are entries: what an expert that is not here contributes.
+    sources = F.pad(order // top_k, (0, 1))  # [M + 1]
+    share = F.pad(weights.flatten()[order], (0, 1))[:, None]  # [M + 1, 1]
+    ends = ends.to(torch.int32)
+    entries = hidden.index_select(0, sources)  # [M + 1, H]
+    gated = silu_mul(F.grouped_mm(entries, gate_up.transpose(1, 2), offs=ends))
+    gated = gated.float().mul_(share).to(hidden.dtype)  # [M + 1, inter]
+    said = F.grouped_mm(gated, down.transpose(1, 2), offs=ends)  # [M + 1, H]
+    said[-1] = 0.0
+    places = torch.full_like(local, len(order))
+    places[order] = torch.arange(len(order), device=order.device)
+    return F.embedding_bag(places.view(rows, top_k), said, mode="sum")  # adds up in fp32

@@ -1,0 +1,20 @@
+"""Server-sent events, as OpenAI's streams use them."""
+
+from typing import Any
+
+import msgspec
+
+from serving.api.errors import ApiError
+
+DONE = b"data: [DONE]\n\n"
+_encoder = msgspec.json.Encoder()
+
+
+def event(body: Any) -> bytes:
+    """One event with a JSON body."""
+    return b"data: " + _encoder.encode(body) + b"\n\n"
+
+
+def error_event(error: ApiError) -> bytes:
+    """What a stream says instead of its end when it cannot go on."""
+    return event(error.body)

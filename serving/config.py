@@ -1,0 +1,116 @@
+"""Every setting of the serving stack, in one tree; nothing is configured anywhere else.
+
+The same tree is read from `expertline up --config FILE`, from the `args` of a Serve
+application and from the CLI's flags. Unknown keys are refused.
+"""
+
+from os import getuid
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+NANO = "nano"
+NANO_DIRECTORY = Path(__file__).resolve().parent.parent / "model" / "nano" / "checkpoint"
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelSettings(_Settings):
+    """Which checkpoint is served, and under which name."""
+
+    path: str = Field(NANO, description="a checkpoint's folder, or `nano` for the bundled one")
+    name: str | None = Field(None, description="model id that clients use; default: folder's name")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="weights and cache")
+    max_model_len: int | None = Field(
+        None, ge=2, description="prompt + output tokens; default: what the cache can hold"
+    )
+
+    @property
+    def directory(self) -> Path:
+        return NANO_DIRECTORY if self.path == NANO else Path(self.path).expanduser().resolve()
+
+    @property
+    def served_name(self) -> str:
+        return self.name or (NANO if self.path == NANO else self.directory.name)
+
+
+class GangSettings(_Settings):
+    """How one replica of the model is cut, and what a rank gets."""
+
+    stages: int = Field(1, ge=1, le=64, description="pipeline stages")
+    expert_parallel: int = Field(1, ge=1, le=256, description="ranks per stage")
+    exchange: Literal["gather", "all_to_all"] = Field(
+        "gather", description="how tokens meet their experts inside a stage"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if there is one")
+    threads: int = Field(1, ge=1, description="CPU threads of a rank")
+    cpus: float = Field(0.1, gt=0, description="CPUs that Ray reserves for a rank")
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    cache_tokens: int = Field(
+        32768, ge=128, description="latent cache of each column of ranks, in tokens"
+    )
+    start_timeout_s: float = Field(3600.0, gt=0, description="from launch to weights loaded")
+    step_timeout_s: float = Field(120.0, gt=0, description="longest step before the gang is lost")
+
+
+class EngineSettings(_Settings):
+    """One replica's scheduler."""
+
+    replicas: int = Field(1, ge=1)
+    cpus: float = Field(0.1, gt=0, description="CPUs that Ray reserves for the engine itself")
+    max_step_tokens: int = Field(512, ge=64, description="token budget of a step, per column")
+    max_sequences: int = Field(256, ge=1, description="running sequences, per column")
+    prefix_cache: bool = True
+
+
+class RouterSettings(_Settings):
+    """Admission and the fair queue."""
+
+    queue_limit: int = Field(1024, ge=0, description="waiting requests before a 429")
+    queue_timeout_s: float = Field(60.0, gt=0, description="longest wait before a 503")
+    expected_output_tokens: int = Field(
+        512, ge=1, description="what is reserved at most for an answer of unknown length"
+    )
+    prefix_entries: int = Field(100_000, ge=0, description="pages the prefix index remembers")
+
+
+class IngressSettings(_Settings):
+    """The HTTP surface."""
+
+    host: str = Field("127.0.0.1", description="address that clients connect to")
+    port: int = Field(8000, ge=1, le=65535)
+    replicas: int = Field(1, ge=1, description="fixed: scaling it would cut streams")
+    max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024)
+    max_choices: int = Field(16, ge=1, le=128, description="`n` × prompts of one request")
+    max_logprobs: int = Field(20, ge=0)
+    api_keys_file: Path | None = Field(
+        None, description="one `name:key` per line; without it the server is open"
+    )
+
+
+class TelemetrySettings(_Settings):
+    """Metrics and logs."""
+
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    targets_directory: Path = Field(
+        default_factory=lambda: Path(gettempdir()) / f"expertline-{getuid()}" / "targets",
+        description="Prometheus file_sd folder: one file for each process of this machine",
+    )
+
+
+class Settings(_Settings):
+    """The whole tree."""
+
+    model: ModelSettings = ModelSettings()
+    gang: GangSettings = GangSettings()
+    engine: EngineSettings = EngineSettings()
+    router: RouterSettings = RouterSettings()
+    ingress: IngressSettings = IngressSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
+    secret: SecretStr | None = Field(
+        None, description="shared secret of the internal ports; default: a fresh random one"
+    )

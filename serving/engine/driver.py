@@ -1,0 +1,215 @@
+"""The engine replica: a Serve deployment that owns a gang and runs the step loop over it.
+
+Control only: no weights, no GPU. Requests come in as unary Serve calls that stay open until
+their last token; tokens go out over one TCP stream per ingress, a frame per step.
+"""
+
+import asyncio
+import os
+import secrets
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray import serve
+from ray.util import get_node_ip_address
+
+from serving.config import Settings
+from serving.engine.loop import EngineLoop, GangFailure
+from serving.engine.request import Finish, RequestError, TokenOutput
+from serving.engine.scheduler import Scheduler
+from serving.fleet import (
+    STREAM_CODEC,
+    Cancel,
+    EngineHello,
+    EngineLoading,
+    EngineReport,
+    GenerateCall,
+    StreamHello,
+    TokenFrame,
+)
+from serving.gang.gang import Gang
+from serving.gang.placement import RayLauncher
+from serving.gang.specs import engine_limits, rank_specs
+from serving.router.link import RouterLink
+from serving.telemetry.exporter import MetricsExporter
+from serving.telemetry.logs import get_logger, setup_logging
+from serving.telemetry.metrics import EngineMetrics, new_registry
+from serving.telemetry.observer import StepObserver
+from serving.wire import Channel, ChannelServer, WireError
+
+log = get_logger("engine")
+_REPORT_S = 0.1
+
+
+class Engine:
+    """One replica of the model."""
+
+    async def __init__(self, settings: Settings, secret: bytes, router: Any, gpus: bool) -> None:
+        setup_logging(settings.telemetry.log_level)
+        self._id = serve.get_replica_context().replica_id.unique_id
+        self._settings = settings
+        self._host = get_node_ip_address()
+        registry = new_registry()
+        self._exporter = MetricsExporter(
+            registry,
+            self._host,
+            settings.telemetry.targets_directory,
+            {"process": "engine", "replica": self._id},
+        )
+        self._streams: dict[str, Channel] = {}
+        self._owners: dict[str, str] = {}  # request id → ingress id
+        self._ends: dict[str, asyncio.Future[None]] = {}
+        self._hello: EngineHello | EngineLoading = EngineLoading(self._id, 0, 0)
+        self._link = RouterLink(router, secret, lambda: self._hello)
+        self._scheduler = Scheduler(engine_limits(settings))
+        self._gang = await self._start_gang(gpus)
+        observer = StepObserver(EngineMetrics(registry), self._scheduler)
+        self._loop = EngineLoop(self._scheduler, self._gang, self._emit, time.monotonic, observer)
+        self._running = asyncio.create_task(self._run(), name="engine-loop")
+        self._server = ChannelServer(secret, STREAM_CODEC, self._serve_ingress)
+        await self._join_fleet(await self._server.start(self._host))
+        self._reporting = asyncio.create_task(self._report(), name="engine-report")
+
+    async def generate(self, call: GenerateCall) -> str | None:
+        """Runs a request to its end; its tokens go to the ingress's stream.
+
+        Returns:
+            None when it has ended, or why this engine can never serve it.
+        """
+        request = call.request()
+        if call.ingress_id not in self._streams:
+            return "the ingress has no token stream to this engine"
+        end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._owners[request.id] = call.ingress_id
+        self._ends[request.id] = end
+        try:
+            self._loop.submit(request)
+            await end
+        except RequestError as error:
+            return str(error)
+        finally:
+            if not end.done() or end.cancelled():  # the Serve call was cancelled
+                self._loop.cancel(request.id)
+            self._owners.pop(request.id, None)
+            self._ends.pop(request.id, None)
+        return None
+
+    def check_health(self) -> None:
+        """Fails once the step loop has ended: nothing can be generated here any more."""
+        if self._running.done():
+            raise RuntimeError("the step loop has ended")
+
+    async def __del__(self) -> None:
+        self._reporting.cancel()
+        await self._link.close()
+        self._running.cancel()
+        await asyncio.gather(self._running, self._reporting, return_exceptions=True)
+        await self._gang.stop()
+        await self._server.close()
+        self._exporter.close()
+
+    async def _start_gang(self, gpus: bool) -> Gang:
+        settings = self._settings.gang
+        group = ray.util.get_current_placement_group()
+        launcher = RayLauncher(group, settings.cpus, gpus)
+        secret = secrets.token_bytes(32)
+        gang = Gang(launcher, secret, settings.stages, settings.expert_parallel)
+        port = await gang.listen(self._host)
+        specs = rank_specs(self._settings, self._host, port, "cuda" if gpus else "cpu")
+        started = time.monotonic()
+        await gang.start(specs, settings.start_timeout_s, self._loading)
+        log.event("INFO", "gang.ready", ranks=len(specs), seconds=time.monotonic() - started)
+        return gang
+
+    def _loading(self, done: int, total: int) -> None:
+        self._hello = EngineLoading(self._id, done, total)
+        if self._link.connected:
+            self._link.send(self._hello)
+
+    async def _join_fleet(self, port: int) -> None:
+        limits = engine_limits(self._settings)
+        self._hello = EngineHello(
+            engine_id=self._id,
+            host=self._host,
+            port=port,
+            model=self._settings.model.served_name,
+            total_tokens=limits.cache_tokens,
+            max_request_tokens=limits.max_request_tokens,
+            metrics_addresses=[self._exporter.address, *self._gang.metrics_addresses],
+        )
+        if self._link.connected:
+            self._link.send(self._hello)
+
+    async def _run(self) -> None:
+        """The step loop; losing the gang ends this process, and Serve starts another."""
+        try:
+            await self._loop.run()
+        except GangFailure as error:
+            log.event("ERROR", "gang.lost", reason=str(error))
+            for channel in list(self._streams.values()):
+                await channel.close()
+            os._exit(1)
+
+    async def _report(self) -> None:
+        """Keeps the router informed; a report is small and goes out only when there is news."""
+        last = None
+        while True:
+            stats = self._scheduler.stats()
+            if stats != last and self._link.connected and isinstance(self._hello, EngineHello):
+                self._link.send(EngineReport(stats))
+                last = stats
+            await asyncio.sleep(_REPORT_S)
+
+    async def _serve_ingress(self, channel: Channel) -> None:
+        hello = await channel.receive()
+        if not isinstance(hello, StreamHello):
+            return
+        self._streams[hello.ingress_id] = channel
+        channel.send(hello)  # from here on requests of this ingress can be served
+        try:
+            while True:
+                message = await channel.receive()
+                if isinstance(message, Cancel):
+                    self._cancel(message.request_id)
+        except WireError:
+            log.event("INFO", "ingress.left", ingress=hello.ingress_id)
+        finally:
+            if self._streams.get(hello.ingress_id) is channel:
+                del self._streams[hello.ingress_id]
+                for request_id in [k for k, v in self._owners.items() if v == hello.ingress_id]:
+                    self._cancel(request_id)
+
+    def _cancel(self, request_id: str) -> None:
+        end = self._ends.get(request_id)
+        if end is not None and not end.done():
+            self._loop.cancel(request_id)
+            end.set_result(None)
+
+    def _emit(self, outputs: Sequence[TokenOutput | Finish]) -> None:
+        """Sends one frame to each ingress that a step had news for."""
+        frames: dict[str, TokenFrame] = defaultdict(TokenFrame)
+        for output in outputs:
+            ingress_id = self._owners.get(output.request_id)
+            if ingress_id is None:
+                continue
+            if isinstance(output, TokenOutput):
+                frames[ingress_id].tokens.append(output)
+                ended = output.finish is not None
+            else:
+                frames[ingress_id].ended.append(output)
+                ended = True
+            end = self._ends.get(output.request_id)
+            if ended and end is not None and not end.done():
+                end.set_result(None)
+        for ingress_id, frame in frames.items():
+            channel = self._streams.get(ingress_id)
+            try:
+                if channel is not None:
+                    channel.send(frame)
+            except WireError:
+                log.event("WARNING", "ingress.stalled", ingress=ingress_id)
+
+

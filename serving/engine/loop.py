@@ -1,0 +1,152 @@
+"""The step loop: plan, run, take the result, hand out tokens.
+
+It keeps as many steps in flight as the gang has stages, sleeps when there is nothing to do, and
+wakes when a request comes or a step returns. Time comes from the clock that it is given.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from serving.engine.plan import StepPlan, StepResult
+from serving.engine.request import Finish, FinishReason, Request, TokenOutput
+from serving.engine.scheduler import Scheduler
+
+Emit = Callable[[Sequence[TokenOutput | Finish]], None]
+
+
+class GangFailure(Exception):
+    """The gang cannot run steps any more; the message says why."""
+
+
+class Gang(Protocol):
+    """What runs the steps."""
+
+    def submit(self, plan: StepPlan) -> None:
+        """Starts a step; returns at once."""
+        ...
+
+    async def result(self) -> StepResult:
+        """The next finished step, in the order of submission.
+
+        Raises:
+            GangFailure: no more steps will finish.
+        """
+        ...
+
+
+class EngineObserver(Protocol):
+    """Is told of every finished step."""
+
+    def step_finished(self, plan: StepPlan, result: StepResult, seconds: float) -> None: ...
+
+
+class EngineLoop:
+    """Runs a scheduler over a gang.
+
+    Args:
+        emit: takes all that one step gave, at once.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        gang: Gang,
+        emit: Emit,
+        clock: Callable[[], float],
+        observer: EngineObserver | None = None,
+    ) -> None:
+        self._scheduler = scheduler
+        self._gang = gang
+        self._emit = emit
+        self._clock = clock
+        self._observer = observer
+        self._news = asyncio.Event()
+        self._in_flight: deque[tuple[StepPlan, float]] = deque()
+        self._requests: set[str] = set()
+        self._failure: GangFailure | None = None
+
+    def submit(self, request: Request) -> None:
+        """Takes a request in.
+
+        Raises:
+            RequestError: it can never be served here.
+            GangFailure: the loop has ended.
+        """
+        if self._failure is not None:
+            raise GangFailure("the gang is lost") from self._failure
+        self._scheduler.add(request)
+        self._requests.add(request.id)
+        self._news.set()
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request at once; nothing more is emitted for it."""
+        self._requests.discard(request_id)
+        self._scheduler.cancel(request_id)
+        self._news.set()
+
+    async def run(self) -> None:
+        """Runs until cancelled.
+
+        Raises:
+            GangFailure: the gang is lost; every running request was told so first.
+        """
+        try:
+            while True:
+                self._launch()
+                if self._in_flight:
+                    await self._next_event()
+                else:
+                    await self._sleep()
+        except GangFailure as failure:
+            self._failure = failure
+            lost = [Finish(i, FinishReason.ERROR, str(failure)) for i in sorted(self._requests)]
+            self._requests.clear()
+            self._emit(lost)
+            raise
+
+    def _launch(self) -> None:
+        while len(self._in_flight) < self._scheduler.limits.stages:
+            plan = self._scheduler.schedule()
+            if plan is None:
+                return
+            self._in_flight.append((plan, self._clock()))
+            self._gang.submit(plan)
+
+    async def _sleep(self) -> None:
+        """Waits for a request; the moment to see that nothing has leaked."""
+        assert self._scheduler.idle, "requests wait, but none can be scheduled"
+        self._scheduler.check_integrity()
+        self._news.clear()
+        await self._news.wait()
+
+    async def _next_event(self) -> None:
+        """Takes the next result, or returns early when there is room for a new step."""
+        if len(self._in_flight) == self._scheduler.limits.stages:
+            self._finish(await self._gang.result())
+            return
+        self._news.clear()
+        result = asyncio.ensure_future(self._gang.result())
+        news = asyncio.ensure_future(self._news.wait())
+        try:
+            await asyncio.wait((result, news), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            news.cancel()
+            if not result.done():
+                result.cancel()
+        if not result.cancelled() and result.done():
+            self._finish(result.result())
+
+    def _finish(self, result: StepResult) -> None:
+        plan, started = self._in_flight.popleft()
+        assert plan.step == result.step, "steps come back in order"
+        outputs = self._scheduler.complete(result)
+        for output in outputs:
+            if isinstance(output, Finish) or output.finish is not None:
+                self._requests.discard(output.request_id)
+        if outputs:
+            self._emit(outputs)
+        if self._observer is not None:
+            self._observer.step_finished(plan, result, self._clock() - started)

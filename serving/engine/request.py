@@ -1,0 +1,86 @@
+"""A request as the engine knows it, and what the engine says back."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from model.sampling_params import SamplingParams
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"  # an end token, or a stop token id that the client named
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+class RequestError(Exception):
+    """A request that this engine can never serve; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One generation: `n` choices of a client are `n` requests."""
+
+    id: str
+    prompt: list[int]
+    max_tokens: int
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop_token_ids: frozenset[int] = frozenset()  # end-of-sequence included, unless ignored
+    tenant: str = ""  # salts the prefix cache: tenants never see each other's pages
+    priority: int = 0  # lower goes first
+
+
+@dataclass(slots=True)
+class RequestStats:
+    """What the engine did for one request; `TokenOutput` aside, all that a client is billed by."""
+
+    prompt_tokens: int
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache when first scheduled
+    generated_tokens: int = 0
+    preemptions: int = 0
+
+
+@dataclass(slots=True)
+class TokenOutput:
+    """One new token of one request."""
+
+    request_id: str
+    token: int
+    logprob: float | None = None
+    top: list[tuple[int, float]] = field(default_factory=list)
+    finish: FinishReason | None = None
+    stats: RequestStats | None = None  # with the finish
+
+
+@dataclass(slots=True)
+class Finish:
+    """The end of a request, when it comes without a token (cancelled, failed)."""
+
+    request_id: str
+    reason: FinishReason
+    message: str = ""
+    stats: RequestStats | None = None
+
+
+@dataclass(slots=True)
+class ColumnStats:
+    """Use of one column's cache pages."""
+
+    held: int
+    remembered: int
+    free: int
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """An engine's load, as the router and the metrics want it."""
+
+    running: int
+    waiting: int
+    total_pages: int  # of all columns
+    columns: list[ColumnStats]
+    prefix_query_tokens: int  # counters from here on
+    prefix_hit_tokens: int
+    preemptions: int

@@ -1,0 +1,317 @@
+"""Which sequence computes which positions in the next step.
+
+There are no phases: every sequence has positions that are known and not yet scheduled, and each
+column has a budget of tokens per step that goes to its sequences in order of importance. The
+rest of this file is where pages come from and what happens when a result comes back.
+"""
+
+import heapq
+from bisect import insort
+from dataclasses import dataclass
+from operator import attrgetter
+
+from serving.engine.pages import PAGE_TOKENS, PagePool, pages_for
+from serving.engine.plan import NewSequence, RankPlan, Sample, Slice, StepPlan, StepResult
+from serving.engine.request import (
+    ColumnStats,
+    EngineStats,
+    Finish,
+    FinishReason,
+    Request,
+    RequestError,
+    TokenOutput,
+)
+from serving.engine.sequence import Sequence
+
+_by_rank = attrgetter("rank_key")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What one engine can hold and do at once."""
+
+    stages: int
+    columns: int
+    pages_per_column: int  # the dummy page included
+    max_step_tokens: int  # per column
+    max_sequences: int  # running, per column
+    max_model_len: int  # prompt + output of one sequence
+    prefix_cache: bool = True
+
+    @property
+    def cache_tokens(self) -> int:
+        """Of all columns."""
+        return (self.pages_per_column - 1) * PAGE_TOKENS * self.columns
+
+    @property
+    def max_request_tokens(self) -> int:
+        """Longest prompt + output: what the model allows and one column can hold."""
+        return min(self.max_model_len, (self.pages_per_column - 1) * PAGE_TOKENS)
+
+
+class Scheduler:
+    """Requests in, step plans out, step results in, tokens out."""
+
+    def __init__(self, limits: EngineLimits) -> None:
+        self.limits = limits
+        self._pools = [PagePool(limits.pages_per_column - 1) for _ in range(limits.columns)]
+        self._running: list[list[Sequence]] = [[] for _ in range(limits.columns)]
+        self._waiting: list[tuple[tuple[int, int], Sequence]] = []  # heap
+        self._by_request: dict[str, Sequence] = {}
+        self._by_id: dict[int, Sequence] = {}
+        self._forget: list[list[int]] = [[] for _ in range(limits.columns)]
+        self._in_flight: dict[int, list[tuple[Sequence, int, int]]] = {}  # epoch, end position
+        self._arrivals = 0
+        self._steps = 0
+        self._prefix_query_tokens = 0
+        self._prefix_hit_tokens = 0
+        self._preemptions = 0
+
+    @property
+    def idle(self) -> bool:
+        """No sequence is left and no step is on its way."""
+        return not self._by_request and not self._in_flight
+
+    @property
+    def steps_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    def add(self, request: Request) -> None:
+        """Takes a request in.
+
+        Raises:
+            RequestError: it can never be served here.
+        """
+        total, limit = len(request.prompt) + request.max_tokens, self.limits.max_request_tokens
+        if not request.prompt:
+            raise RequestError("the prompt is empty")
+        if request.max_tokens < 1:
+            raise RequestError("max_tokens must be at least 1")
+        if total > limit:
+            raise RequestError(f"prompt and output of {total} tokens exceed the limit of {limit}")
+        if request.id in self._by_request:
+            raise RequestError("a request with this id is running")
+        self._arrivals += 1
+        sequence = Sequence(self._arrivals, request, self._arrivals)
+        self._by_request[request.id] = self._by_id[sequence.id] = sequence
+        heapq.heappush(self._waiting, (sequence.rank_key, sequence))
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request at once; its pages are free when this returns. Unknown ids are over."""
+        sequence = self._by_request.get(request_id)
+        if sequence is not None:
+            self._end(sequence)
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None when there is nothing to compute now."""
+        step = self._steps + 1
+        columns = [RankPlan(step, []) for _ in self._pools]
+        budgets = [self.limits.max_step_tokens] * len(columns)
+        for column, plan in enumerate(columns):
+            budgets[column] = self._continue(column, plan, budgets[column])
+        self._admit(columns, budgets)
+        if not any(plan.slices for plan in columns):
+            return None
+        rows = [sum(piece.count for piece in plan.slices) for plan in columns]
+        flights = []
+        for column, plan in enumerate(columns):
+            plan.rows = rows
+            plan.finished, self._forget[column] = self._forget[column], []
+            for piece in plan.slices:
+                sequence = self._by_id[piece.id]
+                flights.append((sequence, sequence.epoch, piece.start + piece.count))
+        self._in_flight[step] = flights
+        self._steps = step
+        return StepPlan(step, columns)
+
+    def complete(self, result: StepResult) -> list[TokenOutput | Finish]:
+        """Takes a step's result in; returns what it gave each request."""
+        for sequence, epoch, end in self._in_flight.pop(result.step):
+            sequence.in_flight -= 1
+            if epoch == sequence.epoch and not sequence.ended:
+                sequence.computed = end
+                self._name_pages(sequence)
+        outputs: list[TokenOutput | Finish] = []
+        for sample in result.samples:
+            taker = self._by_id.get(sample.id)
+            if taker is not None:
+                outputs.append(self._take_sample(taker, sample))
+        return outputs
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            running=sum(len(running) for running in self._running),
+            waiting=len(self._by_request) - sum(len(running) for running in self._running),
+            total_pages=sum(pool.total for pool in self._pools),
+            columns=[ColumnStats(p.held, p.remembered, p.free) for p in self._pools],
+            prefix_query_tokens=self._prefix_query_tokens,
+            prefix_hit_tokens=self._prefix_hit_tokens,
+            preemptions=self._preemptions,
+        )
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when the books of sequences, columns and pages disagree."""
+        for column, (pool, running) in enumerate(zip(self._pools, self._running, strict=True)):
+            assert running == sorted(running, key=_by_rank), "a column is out of order"
+            assert all(sequence.column == column for sequence in running)
+            pool.check_integrity(page for sequence in running for page in sequence.pages)
+        placed = [sequence for running in self._running for sequence in running]
+        queued = [sequence for _, sequence in self._waiting if not sequence.ended]
+        everyone = sorted(sequence.id for sequence in (*placed, *queued))
+        assert everyone == sorted(self._by_id), "a sequence is lost or double"
+        assert set(self._by_request) == {s.request.id for s in self._by_id.values()}
+        for sequence in placed:
+            assert sequence.computed <= sequence.scheduled <= sequence.known
+            assert pages_for(sequence.scheduled) <= len(sequence.pages)
+        for sequence in queued:
+            assert sequence.column == -1
+            assert not sequence.pages
+
+    def _continue(self, column: int, plan: RankPlan, budget: int) -> int:
+        """Slices for running sequences; returns what is left of the budget.
+
+        With P stages no step takes more than one P-th of a column's sequences, so that there is
+        work for P steps in flight.
+        """
+        running = self._running[column]
+        share = -(-len(running) // self.limits.stages)
+        for sequence in list(running):
+            if budget == 0 or len(plan.slices) == share:
+                break
+            count = min(sequence.known - sequence.scheduled, budget)
+            if count == 0 or sequence.column != column:  # waits for its sample, or just lost
+                continue
+            count = min(count, self._room(sequence, count))
+            if count:
+                self._give(sequence, count, plan)
+                budget -= count
+        return budget
+
+    def _room(self, sequence: Sequence, count: int) -> int:
+        """How many of the next `count` positions have pages, after preempting if need be."""
+        pool, running = self._pools[sequence.column], self._running[sequence.column]
+        missing = pages_for(sequence.scheduled + count) - len(sequence.pages)
+        while missing > pool.available and running[-1] is not sequence:
+            self._preempt(running[-1])
+        sequence.pages += pool.take(min(max(missing, 0), pool.available))
+        return min(count, len(sequence.pages) * PAGE_TOKENS - sequence.scheduled)
+
+    def _admit(self, columns: list[RankPlan], budgets: list[int]) -> None:
+        """Starts waiting sequences, most important first, until one finds no place."""
+        while self._waiting:
+            sequence = self._waiting[0][1]
+            if sequence.ended:
+                heapq.heappop(self._waiting)
+                continue
+            column = None if sequence.in_flight else self._choose_column(sequence, budgets)
+            if column is None:
+                return
+            heapq.heappop(self._waiting)
+            self._place(sequence, column)
+            new = NewSequence(
+                sequence.id,
+                list(sequence.tokens),
+                len(sequence.request.prompt),
+                sequence.request.sampling,
+            )
+            sequence.sent_tokens = sequence.known
+            columns[column].new.append(new)
+            count = min(sequence.known - sequence.scheduled, budgets[column])
+            self._give(sequence, self._room(sequence, count), columns[column])
+            budgets[column] -= count
+
+    def _choose_column(self, sequence: Sequence, budgets: list[int]) -> int | None:
+        """The column with room where least is in the way: pages held, less pages shared."""
+        best: tuple[int, int] | None = None
+        hashes = sequence.prompt_hashes if self.limits.prefix_cache else []
+        for column, pool in enumerate(self._pools):
+            if not budgets[column] or len(self._running[column]) >= self.limits.max_sequences:
+                continue
+            hits, unheld = pool.leading(hashes)
+            if pages_for(sequence.known + 1) - hits > pool.available - unheld:
+                continue
+            cost = pool.held - hits
+            if best is None or cost < best[0]:
+                best = (cost, column)
+        return None if best is None else best[1]
+
+    def _place(self, sequence: Sequence, column: int) -> None:
+        pool = self._pools[column]
+        cached: list[int] = []
+        for content in sequence.prompt_hashes if self.limits.prefix_cache else []:
+            page = pool.find(content)
+            if page is None:
+                break
+            cached.append(page)
+        sequence.place(column, cached)
+        insort(self._running[column], sequence, key=_by_rank)
+        if sequence.epoch == 0:
+            sequence.stats.cached_tokens = sequence.scheduled
+            self._prefix_query_tokens += sequence.known
+            self._prefix_hit_tokens += sequence.scheduled
+
+    def _give(self, sequence: Sequence, count: int, plan: RankPlan) -> None:
+        """Puts the sequence's next `count` positions into the plan."""
+        end = sequence.scheduled + count
+        plan.slices.append(
+            Slice(
+                sequence.id,
+                sequence.scheduled,
+                count,
+                sequence.tokens[sequence.sent_tokens :],
+                sequence.pages[sequence.sent_pages :],
+                sample=end == sequence.known,
+            )
+        )
+        sequence.sent_tokens = sequence.known
+        sequence.sent_pages = len(sequence.pages)
+        sequence.scheduled = end
+        sequence.in_flight += 1
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Takes a sequence's pages; it starts over from its tokens when there is room again.
+
+        A sample that is still on its way counts: it was computed from a cache that was whole.
+        """
+        self._leave_column(sequence)
+        sequence.stats.preemptions += 1
+        self._preemptions += 1
+        heapq.heappush(self._waiting, (sequence.rank_key, sequence))
+
+    def _take_sample(self, sequence: Sequence, sample: Sample) -> TokenOutput | Finish:
+        request = sequence.request
+        if sample.error is not None:
+            self._end(sequence)
+            return Finish(request.id, FinishReason.ERROR, sample.error, sequence.stats)
+        sequence.tokens.append(sample.token)
+        sequence.stats.generated_tokens += 1
+        output = TokenOutput(request.id, sample.token, sample.logprob, sample.top)
+        if sample.token in request.stop_token_ids:
+            output.finish = FinishReason.STOP
+        elif sequence.stats.generated_tokens == request.max_tokens:
+            output.finish = FinishReason.LENGTH
+        if output.finish is not None:
+            output.stats = sequence.stats
+            self._end(sequence)
+        return output
+
+    def _end(self, sequence: Sequence) -> None:
+        sequence.ended = True
+        del self._by_request[sequence.request.id], self._by_id[sequence.id]
+        if sequence.column >= 0:
+            self._leave_column(sequence)
+
+    def _leave_column(self, sequence: Sequence) -> None:
+        column = sequence.column
+        self._running[column].remove(sequence)
+        self._pools[column].release(sequence.displace())
+        self._forget[column].append(sequence.id)
+
+    def _name_pages(self, sequence: Sequence) -> None:
+        """Pages that are computed to their end can be found by others from now on."""
+        full = sequence.computed // PAGE_TOKENS
+        if full > sequence.named and self.limits.prefix_cache:
+            hashes = sequence.chain.extend(sequence.tokens)
+            for page in range(sequence.named, full):
+                self._pools[sequence.column].remember(sequence.pages[page], hashes[page])
+            sequence.named = full

@@ -1,0 +1,69 @@
+"""One generation inside an engine: its tokens, its pages, and how far it has come."""
+
+from dataclasses import dataclass, field
+
+from serving.engine.pages import PAGE_TOKENS
+from serving.engine.prefix import HashChain
+from serving.engine.request import Request, RequestStats
+
+
+@dataclass(slots=True)
+class Sequence:
+    """`scheduled` chases `known`; `computed` follows `scheduled` as results come back.
+
+    Prefill, chunked prefill, decode, prefix hits, preemption and resumption are the same
+    arithmetic: positions `scheduled` … `known` - 1 are still to be given to a step. When none
+    are left, the sequence waits for the sample that its last position will give.
+    """
+
+    id: int
+    request: Request
+    arrival: int  # order of arrival, for fairness
+    tokens: list[int] = field(init=False)
+    chain: HashChain = field(init=False)
+    stats: RequestStats = field(init=False)
+    column: int = -1  # -1: waiting
+    pages: list[int] = field(default_factory=list)
+    scheduled: int = 0
+    computed: int = 0
+    named: int = 0  # leading pages whose content the pool knows by hash
+    sent_tokens: int = 0  # of `tokens`, what the column was told
+    sent_pages: int = 0  # of `pages`, likewise
+    in_flight: int = 0  # steps that have rows of this sequence and have not returned
+    epoch: int = 0  # preemptions so far: a step of an older epoch says nothing of the cache
+    ended: bool = False
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt)
+        self.chain = HashChain(self.request.tenant)
+        self.stats = RequestStats(prompt_tokens=len(self.request.prompt))
+
+    @property
+    def known(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def rank_key(self) -> tuple[int, int]:
+        """Who goes first: lower priority number, then earlier arrival."""
+        return self.request.priority, self.arrival
+
+    @property
+    def prompt_hashes(self) -> list[bytes]:
+        """Names of the pages that may be taken from the cache: one token is always computed."""
+        return self.chain.extend(self.tokens)[: (self.known - 1) // PAGE_TOKENS]
+
+    def place(self, column: int, cached_pages: list[int]) -> None:
+        """Starts on a column with these leading pages already in its cache."""
+        self.column = column
+        self.pages = cached_pages
+        self.named = len(cached_pages)
+        self.scheduled = self.computed = self.named * PAGE_TOKENS
+        self.sent_tokens = self.sent_pages = 0
+
+    def displace(self) -> list[int]:
+        """Leaves its column; returns the pages that it held there."""
+        pages, self.pages = self.pages, []
+        self.column = -1
+        self.scheduled = self.computed = self.named = 0
+        self.epoch += 1
+        return pages

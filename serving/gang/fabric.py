@@ -1,0 +1,154 @@
+"""How tensors move among ranks: one interface, gloo on CPUs, NCCL through cupy on GPUs.
+
+A gang uses two kinds of groups: a *column* (rank r of every stage) hands hidden states down the
+pipeline with `send` and `recv`; the *peers* of a stage meet in the collectives. Every member of
+a group must make the same calls in the same order.
+
+No Ray, pydantic or msgspec here, so that the fabrics run on a bare GPU machine.
+"""
+
+import socket
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class FabricError(Exception):
+    """A peer is gone, or a call was aborted or took too long; the group is of no more use."""
+
+
+class Fabric(Protocol):
+    """Point-to-point and collectives among `size` ranks; this one is `rank`.
+
+    Tensors are contiguous and on the fabric's device. All calls raise FabricError when the
+    group is broken. `abort` may be called from any thread and makes every call fail.
+    """
+
+    rank: int
+    size: int
+
+    def send(self, tensor: Tensor, peer: int) -> None:
+        """Starts sending; the tensor must stay unchanged until the next `send`."""
+        ...
+
+    def recv(self, tensor: Tensor, peer: int) -> None:
+        """Fills `tensor` with what the peer sends."""
+        ...
+
+    def all_gather(self, out: Tensor, tensor: Tensor) -> None:
+        """`out` [size, *tensor.shape]: everybody's tensor, in rank order."""
+        ...
+
+    def reduce_scatter(self, out: Tensor, tensor: Tensor) -> None:
+        """`tensor` [size, *out.shape]: `out` becomes the sum of everybody's part for me."""
+        ...
+
+    def all_to_all(
+        self, out: Tensor, tensor: Tensor, out_rows: list[int], rows: list[int]
+    ) -> None:
+        """Sends `rows[p]` consecutive rows to each peer p, takes `out_rows[p]` from it."""
+        ...
+
+    def abort(self) -> None: ...
+
+
+class GlooFabric:
+    """Gloo over TCP between CPU tensors.
+
+    Reductions add in fp32 in rank order and round once, so that every rank's result is the
+    same from run to run (gloo's own bf16 reduce-scatter is also five times slower).
+    """
+
+    def __init__(
+        self, store: dist.Store, name: str, rank: int, size: int, host: str, timeout_s: float
+    ) -> None:
+        """Joins group `name`; waits until all members have.
+
+        Args:
+            host: this machine's address as its peers see it; connections bind to it alone.
+            timeout_s: longest wait inside one call.
+        """
+        self.rank = rank
+        self.size = size
+        self._sending: tuple[Any, Tensor] | None = None
+        options = dist.ProcessGroupGloo._Options()
+        options._timeout = timedelta(seconds=timeout_s)
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host, lazy_init=False)]
+        try:
+            prefixed = dist.PrefixStore(name, store)
+            self._group = dist.ProcessGroupGloo(prefixed, rank, size, options)
+        except RuntimeError as error:
+            raise FabricError(f"group {name} did not form: {error}") from error
+
+    def send(self, tensor: Tensor, peer: int) -> None:
+        self._flush()
+        self._sending = (self._start("send", [tensor], peer, 0), tensor)
+
+    def recv(self, tensor: Tensor, peer: int) -> None:
+        self._wait(self._start("recv", [tensor], peer, 0))
+
+    def all_gather(self, out: Tensor, tensor: Tensor) -> None:
+        self._wait(self._start("_allgather_base", out, tensor))
+
+    def reduce_scatter(self, out: Tensor, tensor: Tensor) -> None:
+        parts = torch.empty_like(tensor)  # [size, *out.shape]
+        self._wait(self._start("alltoall_base", parts, tensor, [], []))
+        out.copy_(parts.sum(dim=0, dtype=torch.float32))
+
+    def all_to_all(
+        self, out: Tensor, tensor: Tensor, out_rows: list[int], rows: list[int]
+    ) -> None:
+        self._wait(self._start("alltoall_base", out, tensor, out_rows, rows))
+
+    def abort(self) -> None:
+        self._group.abort()
+
+    def _flush(self) -> None:
+        if self._sending is not None:
+            work, _ = self._sending
+            self._sending = None
+            self._wait(work)
+
+    def _start(self, call: str, *args: Any) -> Any:
+        try:
+            return getattr(self._group, call)(*args)
+        except RuntimeError as error:
+            raise FabricError(f"{call}: {error}") from error
+
+    def _wait(self, work: Any) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise FabricError(str(error)) from error
+
+
+def host_store(host: str, timeout_s: float) -> tuple[dist.TCPStore, int]:
+    """A rendezvous store listening on `host` alone, and its port.
+
+    torch's own listener would bind to every interface (CVE-2025-47277), hence the socket.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.bind((host, 0))
+    listener.listen(256)
+    port = listener.getsockname()[1]
+    store = dist.TCPStore(
+        host,
+        port,
+        None,
+        is_master=True,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+    return store, port
+
+
+def join_store(host: str, port: int, timeout_s: float) -> dist.TCPStore:
+    """A client of `host_store` on another rank."""
+    timeout = timedelta(seconds=timeout_s)
+    return dist.TCPStore(
+        host, port, None, is_master=False, timeout=timeout, wait_for_workers=False
+    )

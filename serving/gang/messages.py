@@ -1,0 +1,87 @@
+"""What a rank and its engine tell each other, besides plans and results."""
+
+from dataclasses import dataclass, field
+
+from serving.engine.plan import RankPlan, RankResult
+from serving.wire import Codec
+
+
+@dataclass(slots=True)
+class RankSpec:
+    """All that a rank must know to become its cell; handed to it when it is launched."""
+
+    stage: int
+    rank: int
+    stages: int
+    ranks: int
+    model_directory: str
+    dtype: str
+    device: str
+    exchange: str
+    pages: int  # of its cache, the dummy page included
+    threads: int
+    engine_host: str
+    engine_port: int
+    host: str  # this rank's own address, as its peers reach it; "" = find out
+    step_timeout_s: float
+    start_timeout_s: float
+    targets_directory: str
+    log_level: str
+
+    @property
+    def cell(self) -> str:
+        return f"{self.stage}.{self.rank}"
+
+
+@dataclass(slots=True)
+class RankHello:
+    """First word of a rank. `offers` are its contributions to the rendezvous of the fabrics."""
+
+    stage: int
+    rank: int
+    pid: int
+    metrics_address: str
+    offers: dict[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class FormGang:
+    """All ranks are here: everybody's offers, so that the fabrics can form."""
+
+    generation: int
+    offers: dict[str, bytes]
+
+
+@dataclass(slots=True)
+class LoadProgress:
+    """How far one rank has read its weights."""
+
+    stage: int
+    rank: int
+    bytes_done: int
+    bytes_total: int
+
+
+@dataclass(slots=True)
+class RankReady:
+    """Weights loaded, cache allocated, fabrics formed: plans may come."""
+
+    stage: int
+    rank: int
+    load_s: float
+    cache_bytes: int
+
+
+@dataclass(slots=True)
+class RankFailed:
+    """The rank cannot go on; one line says why."""
+
+    stage: int
+    rank: int
+    message: str
+    user_error: bool = False  # the checkpoint or the settings are wrong: a retry is of no use
+
+
+GANG_CODEC = Codec(
+    RankHello, FormGang, LoadProgress, RankReady, RankFailed, RankPlan, RankResult
+)

@@ -1,0 +1,136 @@
+"""One rank's work in a step: rows in, layers, rows out; on the last stage, tokens.
+
+A worker remembers the sequences of its column (tokens, pages, sampling state) and applies the
+differences that plans carry. It knows tensors and fabrics, but neither sockets nor Ray.
+"""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from model.cache import LatentCache
+from model.context import Span, StepContext
+from model.layout import Cell
+from model.sampling import SamplingRow, TokenCounts, sample
+from model.stage import Stage
+from serving.engine.plan import NewSequence, RankPlan, RankResult, Sample, Slice
+from serving.gang.exchange import StageExchange
+from serving.gang.fabric import Fabric
+
+
+@dataclass(slots=True)
+class Resident:
+    """A sequence as its column knows it."""
+
+    tokens: list[int]
+    new: NewSequence
+    counts: TokenCounts | None
+    pages: list[int] = field(default_factory=list)
+
+    def append(self, piece: Slice) -> None:
+        self.tokens.extend(piece.tokens)
+        self.pages.extend(piece.pages)
+        if self.counts is not None:
+            for token in piece.tokens:
+                self.counts.append(token)
+
+
+class Worker:
+    """The resident half of one cell.
+
+    Args:
+        column: the pipeline's group, or None with one stage; `column.rank` is the stage.
+        exchange: the stage's expert exchange, or None with one rank.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        stage: Stage,
+        cache: LatentCache,
+        column: Fabric | None,
+        exchange: StageExchange | None,
+    ) -> None:
+        self._cell = cell
+        self._stage = stage
+        self._cache = cache
+        self._column = column
+        self._exchange = exchange
+        self._first = column is None or cell.stage == 0
+        self._last = column is None or cell.stage == column.size - 1
+        self._residents: dict[int, Resident] = {}
+
+    @torch.inference_mode()
+    def step(self, plan: RankPlan) -> RankResult:
+        """Runs one step; every rank of the gang must run the same steps in the same order."""
+        self._apply(plan)
+        rows = [max(count, 1) for count in plan.rows]  # a rank with nothing to do has a dummy row
+        if self._exchange is not None:
+            self._exchange.begin(rows)
+        context = self._context(plan)
+        result = RankResult(plan.step, self._cell.stage, self._cell.rank)
+        started = time.perf_counter()
+        inputs = self._inputs(plan, rows[self._cell.rank])
+        arrived = time.perf_counter()
+        outputs = self._stage.forward(inputs, context, self._cache)
+        if self._last:
+            result.samples = self._sample(plan, outputs)
+        elif self._column is not None:
+            self._column.send(outputs, self._cell.stage + 1)
+        result.wait_s = arrived - started
+        result.compute_s = time.perf_counter() - arrived
+        if self._exchange is not None:
+            result.exchange_s = self._exchange.seconds
+            result.exchange_bytes = self._exchange.bytes_sent
+        return result
+
+    def _apply(self, plan: RankPlan) -> None:
+        for sequence in plan.finished:
+            self._residents.pop(sequence, None)
+        for new in plan.new:
+            counts = None
+            if self._last and new.sampling.penalized:
+                counts = TokenCounts(
+                    new.tokens[: new.prompt_tokens], new.tokens[new.prompt_tokens :]
+                )
+            self._residents[new.id] = Resident(new.tokens, new, counts)
+        for piece in plan.slices:
+            self._residents[piece.id].append(piece)
+
+    def _context(self, plan: RankPlan) -> StepContext:
+        spans = [
+            Span(
+                start=piece.start,
+                count=piece.count,
+                pages=self._residents[piece.id].pages,
+                wants_logits=piece.sample,
+            )
+            for piece in plan.slices
+        ]
+        return StepContext.build(spans, self._stage.device)
+
+    def _inputs(self, plan: RankPlan, rows: int) -> Tensor:
+        """Token ids [rows] on the first stage, hidden states [rows, hidden] on the others."""
+        if not self._first and self._column is not None:
+            hidden = self._stage.empty_hidden(rows)
+            self._column.recv(hidden, self._cell.stage - 1)
+            return hidden
+        ids: list[int] = []
+        for piece in plan.slices:
+            tokens = self._residents[piece.id].tokens
+            ids.extend(tokens[piece.start : piece.start + piece.count])
+        return torch.tensor(ids or [0], dtype=torch.int64, device=self._stage.device)
+
+    def _sample(self, plan: RankPlan, logits: Tensor) -> list[Sample]:
+        wanted = [piece for piece in plan.slices if piece.sample]
+        rows = []
+        for piece in wanted:
+            resident = self._residents[piece.id]
+            position = piece.start + piece.count
+            rows.append(SamplingRow(resident.new.sampling, position, resident.counts))
+        return [
+            Sample(piece.id, token.token, token.logprob, token.top, token.error)
+            for piece, token in zip(wanted, sample(logits, rows), strict=True)
+        ]

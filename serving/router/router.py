@@ -1,0 +1,217 @@
+"""The router: the one place with a view of the whole fleet.
+
+It holds connections, the lease book and the queue, and nothing that could not be rebuilt: when
+it dies, engines and ingresses connect to its successor and tell it what they are.
+"""
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from ray.util import get_node_ip_address
+
+from serving.config import Settings
+from serving.fleet import (
+    ROUTER_CODEC,
+    EngineHello,
+    EngineLoading,
+    EngineReport,
+    Fleet,
+    IngressHello,
+    LeaseGrant,
+    LeaseRefusal,
+    LeaseRelease,
+    LeaseRequest,
+)
+from serving.router.fair_queue import FairQueue, Waiting
+from serving.router.leases import LeaseBook, NeverFits
+from serving.router.prefix_index import PrefixIndex
+from serving.telemetry.exporter import MetricsExporter
+from serving.telemetry.logs import get_logger, setup_logging
+from serving.telemetry.metrics import RouterMetrics, new_registry
+from serving.wire import Channel, ChannelServer, WireError
+
+log = get_logger("router")
+_RETRY_AFTER_S = 1.0
+
+
+@dataclass(slots=True)
+class _Ingress:
+    hello: IngressHello
+    channel: Channel
+
+
+class Router:
+    """Serve deployment with one replica."""
+
+    async def __init__(self, settings: Settings, secret: bytes) -> None:
+        setup_logging(settings.telemetry.log_level)
+        self._settings = settings.router
+        self._host = get_node_ip_address()
+        registry = new_registry()
+        self._metrics = RouterMetrics(registry)
+        self._exporter = MetricsExporter(
+            registry, self._host, settings.telemetry.targets_directory, {"process": "router"}
+        )
+        self._book = LeaseBook(
+            PrefixIndex(self._settings.prefix_entries), self._settings.expected_output_tokens
+        )
+        self._queue = FairQueue(self._settings.queue_limit)
+        self._ingresses: dict[str, _Ingress] = {}
+        self._loading: dict[str, EngineLoading] = {}
+        self._expiry: asyncio.TimerHandle | None = None
+        self._server = ChannelServer(secret, ROUTER_CODEC, self._serve)
+        self._port = await self._server.start(self._host)
+
+    def address(self) -> tuple[str, int]:
+        """Where engines and ingresses connect."""
+        return self._host, self._port
+
+    def status(self) -> dict[str, Any]:
+        """For people and for `expertline up`: who is here, and how far loading has come."""
+        return {
+            "engines": [view.hello.engine_id for view in self._book.engines.values()],
+            "cache_tokens": sum(v.hello.total_tokens for v in self._book.engines.values()),
+            "ingresses": len(self._ingresses),
+            "leases": len(self._book.leases),
+            "queued": len(self._queue),
+            "loading": {key: [x.bytes_done, x.bytes_total] for key, x in self._loading.items()},
+        }
+
+    def check_health(self) -> None:
+        """Alive if it answers."""
+
+    async def __del__(self) -> None:
+        await self._server.close()
+        self._exporter.close()
+
+    async def _serve(self, channel: Channel) -> None:
+        match await channel.receive():
+            case EngineHello() as hello:
+                await self._serve_engine(hello, channel)
+            case EngineLoading() as loading:
+                await self._serve_loading(loading, channel)
+            case IngressHello() as hello:
+                await self._serve_ingress(hello, channel)
+
+    async def _serve_loading(self, loading: EngineLoading, channel: Channel) -> None:
+        """An engine reads its weights; on the same connection it says hello when it is done."""
+        try:
+            while isinstance(loading, EngineLoading):
+                self._loading[loading.engine_id] = loading
+                last, loading = loading, await channel.receive()
+        finally:
+            self._loading.pop(last.engine_id, None)
+        if isinstance(loading, EngineHello):
+            await self._serve_engine(loading, channel)
+
+    async def _serve_engine(self, hello: EngineHello, channel: Channel) -> None:
+        self._book.join(hello)
+        self._fleet_changed()
+        log.event("INFO", "engine.joined", engine=hello.engine_id, tokens=hello.total_tokens)
+        try:
+            while True:
+                report = await channel.receive()
+                if isinstance(report, EngineReport):
+                    self._book.engines[hello.engine_id].stats = report.stats
+        finally:
+            self._book.leave(hello.engine_id)
+            self._fleet_changed()
+            log.event("INFO", "engine.left", engine=hello.engine_id)
+
+    async def _serve_ingress(self, hello: IngressHello, channel: Channel) -> None:
+        self._ingresses[hello.ingress_id] = _Ingress(hello, channel)
+        self._fleet_changed()
+        try:
+            while True:
+                match await channel.receive():
+                    case LeaseRequest() as request:
+                        self._enqueue(request, hello.ingress_id)
+                    case LeaseRelease() as release:
+                        self._queue.drop(release.request_id)
+                        self._book.release(release.request_id)
+                        self._grant()
+        finally:
+            del self._ingresses[hello.ingress_id]
+            for request_id in self._queue.of_ingress(hello.ingress_id):
+                self._queue.drop(request_id)
+            self._book.release_ingress(hello.ingress_id)
+            self._fleet_changed()
+
+    def _enqueue(self, request: LeaseRequest, ingress_id: str) -> None:
+        now = time.monotonic()
+        wait = min(max(request.deadline_s, 0.0), self._settings.queue_timeout_s)
+        waiting = Waiting(request, ingress_id, now, now + wait)
+        if self._queue.full:
+            self._refuse(waiting, 429, "the server's queue is full; try again later", "full")
+            return
+        self._queue.push(waiting)
+        self._grant()
+
+    def _grant(self) -> None:
+        """Gives leases in the queue's order for as long as there is room."""
+        now = time.monotonic()
+        while (head := self._queue.head()) is not None:
+            try:
+                lease = self._book.grant(head.request, head.ingress_id)
+            except NeverFits as error:
+                self._queue.take(head)
+                self._refuse(head, 400, str(error), "too_long")
+                continue
+            if lease is None:
+                break
+            self._queue.take(head)
+            self._metrics.granted(now - head.since)
+            grant = LeaseGrant(head.request.request_id, lease.engine_id, lease.tokens)
+            self._tell(head.ingress_id, grant)
+        self._watch_deadlines()
+        self._publish()
+
+    def _watch_deadlines(self) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
+        deadline = self._queue.next_deadline()
+        if deadline is not None:
+            delay = max(0.0, deadline - time.monotonic())
+            self._expiry = asyncio.get_running_loop().call_later(delay, self._expire)
+
+    def _expire(self) -> None:
+        for waiting in self._queue.expired(time.monotonic()):
+            self._refuse(waiting, 503, "no engine became free in time", "deadline")
+        self._grant()
+
+    def _refuse(self, waiting: Waiting, status: int, message: str, outcome: str) -> None:
+        self._metrics.refused(outcome)
+        refusal = LeaseRefusal(waiting.request.request_id, status, message, _RETRY_AFTER_S)
+        self._tell(waiting.ingress_id, refusal)
+
+    def _tell(self, ingress_id: str, message: object) -> None:
+        try:
+            self._ingresses[ingress_id].channel.send(message)
+        except WireError:
+            return  # its reader has seen the end as well and frees what it held
+
+    def _fleet_changed(self) -> None:
+        engines = [view.hello for view in self._book.engines.values()]
+        addresses = [self._exporter.address]
+        addresses += [ingress.hello.metrics_address for ingress in self._ingresses.values()]
+        for engine in engines:
+            addresses += engine.metrics_addresses
+        frame = ROUTER_CODEC.frame(Fleet(engines, addresses))
+        for ingress in self._ingresses.values():
+            try:
+                ingress.channel.send_frame(frame)
+            except WireError:
+                continue
+        self._grant()
+
+    def _publish(self) -> None:
+        reserved = sum(view.reserved_tokens for view in self._book.engines.values())
+        self._metrics.state(
+            queued=len(self._queue),
+            reserved_tokens=reserved,
+            ready=len(self._book.engines),
+            loading=len(self._loading),
+        )

@@ -1,0 +1,25 @@
+"""From the engine's books to its metrics, once per step."""
+
+from serving.engine.plan import StepPlan, StepResult
+from serving.engine.scheduler import Scheduler
+from serving.telemetry.metrics import EngineMetrics
+
+
+class StepObserver:
+    """Publishes each step and the state that it left behind."""
+
+    def __init__(self, metrics: EngineMetrics, scheduler: Scheduler) -> None:
+        self._metrics = metrics
+        self._scheduler = scheduler
+        self._last = scheduler.stats()
+
+    def step_finished(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
+        now, last = self._scheduler.stats(), self._last
+        self._metrics.step(seconds, plan.rows)
+        self._metrics.state(now.running, now.waiting, self._scheduler.steps_in_flight)
+        for column, pages in enumerate(now.columns):
+            self._metrics.pages(column, pages.held, pages.remembered, pages.free)
+        queried = now.prefix_query_tokens - last.prefix_query_tokens
+        self._metrics.prefix(queried, now.prefix_hit_tokens - last.prefix_hit_tokens)
+        self._metrics.preempted(now.preemptions - last.preemptions)
+        self._last = now
