@@ -59,7 +59,8 @@ def _first_model(client: httpx.Client) -> str:
     try:
         response = client.get("/v1/models")
     except httpx.HTTPError as error:
-        raise UsageError(f"{client.base_url}: no server answers ({type(error).__name__})") from error
+        reason = type(error).__name__
+        raise UsageError(f"{client.base_url}: no server answers ({reason})") from error
     if response.status_code != 200:
         raise UsageError(f"{client.base_url}: {_message(response)}")
     return str(response.json()["data"][0]["id"])

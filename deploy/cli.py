@@ -7,6 +7,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from typer.exceptions import TyperException
 
 from deploy.errors import StartError, UsageError
 
@@ -34,7 +35,7 @@ def main() -> None:
     """Entry point: user errors end with code 2 and one line, failed starts with 1."""
     try:
         app(standalone_mode=False)
-    except (UsageError, typer.BadParameter) as error:
+    except UsageError as error:
         _end(str(error), 2)
     except StartError as error:
         _end(str(error), 1)
@@ -42,11 +43,8 @@ def main() -> None:
         sys.exit(ending.exit_code)
     except typer.Abort:
         sys.exit(130)
-    except Exception as error:
-        if type(error).__module__.split(".")[0] == "click" or hasattr(error, "exit_code"):
-            message = getattr(error, "format_message", lambda: str(error))()
-            _end(message, 2)
-        raise
+    except TyperException as error:
+        _end(error.format_message(), 2)
 
 
 def _end(message: str, code: int) -> NoReturn:

@@ -4,6 +4,7 @@ Serve reads its environment variables when it is imported, and the processes tha
 inherit ours, so the environment comes first.
 """
 
+import logging
 import os
 import shutil
 import signal
@@ -72,7 +73,7 @@ def local_ray() -> Iterator[None]:
             include_dashboard=False,
             object_store_memory=100 * 1024 * 1024,
             log_to_driver=True,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
         )
         yield
     finally:

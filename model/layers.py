@@ -7,7 +7,6 @@ Layers are built on torch's current default device, with uninitialized weights. 
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import ops
@@ -22,14 +21,18 @@ def weight(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 
 
 class Linear(nn.Module):
-    """x [..., inputs] times weight [outputs, inputs], transposed."""
+    """x [T, inputs] times the transpose of weight [outputs, inputs]."""
 
     def __init__(self, inputs: int, outputs: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = weight(outputs, inputs, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return ops.linear(x, self.weight)
+
+    def pack(self) -> None:
+        """Brings the weight into the device's favourite form; nothing can be loaded then."""
+        self.weight = nn.Parameter(ops.pack(self.weight), requires_grad=False)
 
     def slots(self, name: str) -> Iterator[Slot]:
         yield f"{name}.weight", (self.weight,)

@@ -86,9 +86,9 @@ class Layout:
             best, cut = [float("inf")] * (count + 1), [0] * (count + 1)
             for end in range(stage + 1, count + 1):
                 for start in range(stage, end):
-                    weight = max(heaviest[start], prefix[end] - prefix[start])
-                    if weight < best[end]:
-                        best[end], cut[end] = weight, start
+                    peak = max(heaviest[start], prefix[end] - prefix[start])
+                    if peak < best[end]:
+                        best[end], cut[end] = peak, start
             heaviest = best
             cuts.append(cut)
         bounds = [count]

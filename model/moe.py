@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from model import ops
 from model.config import ModelConfig
 from model.layers import MLP, Slot, weight
+from model.ops.reference import Experts
 
 
 class LocalExperts(nn.Module):
@@ -19,7 +20,12 @@ class LocalExperts(nn.Module):
         first: id of the first of them.
         gate_up: [experts, 2 * inner, hidden], the gate's rows before the up projection's.
         down: [experts, hidden, inner].
+
+    Both are tensors while they are loaded, and whatever the device prefers after `pack`.
     """
+
+    gate_up: Experts
+    down: Experts
 
     def __init__(self, config: ModelConfig, held: range, dtype: torch.dtype) -> None:
         super().__init__()
@@ -40,6 +46,13 @@ class LocalExperts(nn.Module):
             [N, hidden] in hidden's dtype.
         """
         return ops.weighted_experts(hidden, ids, weights, self.gate_up, self.down, self.first)
+
+    def pack(self) -> None:
+        """Brings the weights into the device's favourite form; nothing can be loaded then."""
+        for name in ("gate_up", "down"):
+            stacked = getattr(self, name)
+            delattr(self, name)
+            setattr(self, name, ops.pack_experts(stacked))
 
     def slots(self, name: str) -> Iterator[Slot]:
         for i, (gate_up, down) in enumerate(zip(self.gate_up, self.down, strict=True)):

@@ -12,7 +12,7 @@ from model.config import CheckpointError, ModelConfig
 from model.context import StepContext
 from model.layers import MLP, Linear, RMSNorm, Slot, weight
 from model.layout import Cell, Layout
-from model.moe import ExpertExchange, MoE
+from model.moe import ExpertExchange, LocalExperts, MoE
 from model.rope import Rope
 
 
@@ -80,8 +80,8 @@ class Stage(nn.Module):
     """The tensors of one cell, and the forward pass through them.
 
     All ranks of a stage hold the same layers and meet in `exchange` once for each expert layer;
-    each holds its own share of the routed experts. Weights are uninitialized until every
-    tensor has been given to `load_tensor` and `finalize` was called.
+    each holds its own share of the routed experts. It computes once every tensor has been given
+    to `load_tensor` and `finalize` was called; nothing can be loaded after that.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Stage(nn.Module):
         self._missing.discard(name)
 
     def finalize(self) -> None:
-        """Ends the loading.
+        """Ends the loading: weights take the form that the device computes with.
 
         Raises:
             CheckpointError: a tensor of this cell was not loaded.
@@ -154,6 +154,10 @@ class Stage(nn.Module):
                 f"cell {self._cell}: {len(self._missing)} tensors were not loaded, "
                 f"{min(self._missing)} among them; is the checkpoint complete?"
             )
+        self._slots.clear()  # views that would keep the weights as they were loaded
+        for module in self.modules():
+            if isinstance(module, Linear | LocalExperts):
+                module.pack()
 
     def forward(self, inputs: Tensor, context: StepContext, cache: LatentCache) -> Tensor:
         """One step through the stage; writes the rows of the step to the cache.

@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 from ray import serve
-from ray.serve.config import DeploymentMode, RequestRouterConfig
+from ray.serve.config import ProxyLocation, RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
 from serving.config import Settings
 from serving.engine.driver import Engine
 from serving.gang.placement import bundles
 from serving.ingress.ingress import Ingress
-from serving.router.lease_router import LeaseRouter
 from serving.router.router import Router
 
 APP_NAME = "expertline"
-PROXY_LOCATION = DeploymentMode.EveryNode
+LEASE_ROUTER = "serving.router.lease_router:LeaseRouter"
+PROXY_LOCATION = ProxyLocation.EveryNode
 _UNBOUNDED_ONGOING = 100_000  # admission is the router's business
 _QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
@@ -45,7 +45,7 @@ def wants_gpus(settings: Settings) -> bool:
 
 
 def _router_deployment() -> serve.Deployment:
-    return serve.deployment(Router).options(
+    return serve.deployment(
         name="Router",
         num_replicas=1,
         max_ongoing_requests=_UNBOUNDED_ONGOING,
@@ -55,29 +55,29 @@ def _router_deployment() -> serve.Deployment:
         graceful_shutdown_timeout_s=1,
         graceful_shutdown_wait_loop_s=0.1,
         logging_config=_QUIET,
-    )
+    )(Router)
 
 
 def _engine_deployment(settings: Settings, gpus: bool) -> serve.Deployment:
-    return serve.deployment(Engine).options(
+    return serve.deployment(
         name="Engine",
         num_replicas=settings.engine.replicas,
         max_ongoing_requests=_UNBOUNDED_ONGOING,
         ray_actor_options={"num_cpus": settings.engine.cpus},
         placement_group_bundles=bundles(settings, gpus),
         placement_group_strategy=settings.gang.placement,
-        request_router_config=RequestRouterConfig(request_router_class=LeaseRouter),
+        request_router_config=RequestRouterConfig(request_router_class=LEASE_ROUTER),
         max_constructor_retry_count=2,
         health_check_period_s=2,
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=10,
         graceful_shutdown_wait_loop_s=0.1,
         logging_config=_QUIET,
-    )
+    )(Engine)
 
 
 def _ingress_deployment(settings: Settings) -> serve.Deployment:
-    return serve.deployment(Ingress).options(
+    return serve.deployment(
         name="Ingress",
         num_replicas=settings.ingress.replicas,
         max_ongoing_requests=_UNBOUNDED_ONGOING,
@@ -85,4 +85,4 @@ def _ingress_deployment(settings: Settings) -> serve.Deployment:
         graceful_shutdown_timeout_s=35,
         graceful_shutdown_wait_loop_s=0.1,
         logging_config=_QUIET,
-    )
+    )(Ingress)

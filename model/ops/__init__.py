@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from model.ops import cpu, reference
+from model.ops.reference import Experts
 
 _KERNELS: dict[str, ModuleType] = {"cpu": cpu}
 
@@ -24,6 +25,21 @@ def _implementation(name: str, device: str) -> Callable[..., Any]:
 
 def _run(name: str, first: Tensor, *rest: Any) -> Any:
     return _implementation(name, first.device.type)(first, *rest)
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A weight [out, in] as `linear` reads it fastest, perhaps opaque; perhaps the same one."""
+    return _run("pack", weight)
+
+
+def pack_experts(weights: Tensor) -> Experts:
+    """Weights [E, out, in] as `weighted_experts` reads them fastest."""
+    return _run("pack_experts", weights)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, in] times the transpose of a weight [out, in], packed or not: [T, out]."""
+    return _run("linear", x, weight)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -138,7 +154,7 @@ def route(
 
 
 def weighted_experts(
-    hidden: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, first: int
+    hidden: Tensor, ids: Tensor, weights: Tensor, gate_up: Experts, down: Experts, first: int
 ) -> Tensor:
     """The weighted sum over those of each row's experts that are here.
 
@@ -146,8 +162,8 @@ def weighted_experts(
         hidden: [N, H]; N may be 0.
         ids: [N, k] int64; experts that are not here, and -1, contribute nothing.
         weights: [N, k] fp32.
-        gate_up: [E, 2 inter, H], experts first to first + E - 1.
-        down: [E, H, inter].
+        gate_up: [E, 2 inter, H], experts first to first + E - 1; packed or not.
+        down: [E, H, inter]; packed or not.
         first: id of the first expert here.
 
     Returns:

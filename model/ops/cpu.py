@@ -1,10 +1,15 @@
-"""Attention on CPU through torch's flash kernel, which never holds all scores at once.
+"""What torch's CPU kernels do faster than the plain formula.
 
-The kernel wants keys and values of one width, so values are read together with their
-neighbours in memory and the surplus columns of the result are dropped.
+Attention goes through the flash kernel, which never holds all scores at once. It wants keys and
+values of one width, so values are read together with their neighbours in memory and the surplus
+columns of the result are dropped.
+
+A bf16 weight in oneDNN's own order halves the time of a product with few rows, since oneDNN
+would else reorder the weight for every product.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.ops import reference
@@ -13,6 +18,50 @@ from model.ops import reference
 _GATHERED_TOKENS = 16384
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_PACKS = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def pack(weight: Tensor) -> Tensor:
+    if not _PACKS or weight.dtype != torch.bfloat16:
+        return weight
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+    return packed
+
+
+def pack_experts(weights: Tensor) -> reference.Experts:
+    if not _PACKS or weights.dtype != torch.bfloat16:
+        return weights
+    return [pack(weight) for weight in weights]
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    if not weight.is_mkldnn:
+        return F.linear(x, weight)
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return out
+
+
+def weighted_experts(
+    hidden: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: reference.Experts,
+    down: reference.Experts,
+    first: int,
+) -> Tensor:
+    return reference.weighted_experts(
+        hidden, ids, weights, gate_up, down, first, grouped_linear=_expert_by_expert
+    )
+
+
+def _expert_by_expert(x: Tensor, weights: reference.Experts, ends: Tensor) -> Tensor:
+    parts, start = [], 0
+    for expert, end in enumerate(ends.tolist()):
+        if end > start:
+            parts.append(linear(x[start:end], weights[expert]))
+        start = end
+    parts.append(x.new_empty(len(x) - start, weights[0].shape[0]))
+    return torch.cat(parts)
 
 
 def attend(

@@ -3,9 +3,26 @@
 Signatures and meaning are those of `model.ops`.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# Weights [out, in] of several experts, in one tensor or apart.
+Experts = Tensor | Sequence[Tensor]
+
+
+def pack(weight: Tensor) -> Tensor:
+    return weight
+
+
+def pack_experts(weights: Tensor) -> Experts:
+    return weights
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -91,24 +108,36 @@ def route(
     return ids, weights * scale
 
 
+def _grouped_linear(x: Tensor, weights: Experts, ends: Tensor) -> Tensor:
+    """Rows of x up to ends[0] times weights[0], up to ends[1] times weights[1], …
+
+    Rows past the last end come out as anything.
+    """
+    assert isinstance(weights, Tensor)
+    return F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
+
+
 def weighted_experts(
-    hidden: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, first: int
+    hidden: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Experts,
+    down: Experts,
+    first: int,
+    grouped_linear: Callable[[Tensor, Experts, Tensor], Tensor] = _grouped_linear,
 ) -> Tensor:
-    (rows, top_k), experts = ids.shape, gate_up.shape[0]
+    (rows, top_k), experts = ids.shape, len(gate_up)
     if rows == 0:
         return torch.zeros_like(hidden)
     local = (ids - first).flatten()
     local = torch.where((local >= 0) & (local < experts), local, experts)  # last: not here
-    ends = torch.bincount(local, minlength=experts + 1)[:experts].cumsum(0)  # [E]
+    ends = torch.bincount(local, minlength=experts + 1)[:experts].cumsum(0).int()  # [E]
     order = local.argsort(stable=True)[: int(ends[-1])]  # [M] entries that are here, by expert
     # One row more than there are entries: what an expert that is not here contributes.
-    sources = F.pad(order // top_k, (0, 1))  # [M + 1]
+    entries = hidden.index_select(0, F.pad(order // top_k, (0, 1)))  # [M + 1, H]
     share = F.pad(weights.flatten()[order], (0, 1))[:, None]  # [M + 1, 1]
-    ends = ends.to(torch.int32)
-    entries = hidden.index_select(0, sources)  # [M + 1, H]
-    gated = silu_mul(F.grouped_mm(entries, gate_up.transpose(1, 2), offs=ends))
-    gated = gated.float().mul_(share).to(hidden.dtype)  # [M + 1, inter]
-    said = F.grouped_mm(gated, down.transpose(1, 2), offs=ends)  # [M + 1, H]
+    gated = silu_mul(grouped_linear(entries, gate_up, ends))  # [M + 1, inter]
+    said = grouped_linear(gated.float().mul_(share).to(hidden.dtype), down, ends)  # [M + 1, H]
     said[-1] = 0.0
     places = torch.full_like(local, len(order))
     places[order] = torch.arange(len(order), device=order.device)

@@ -47,11 +47,13 @@ _REPORT_S = 0.1
 class Engine:
     """One replica of the model."""
 
-    async def __init__(self, settings: Settings, secret: bytes, router: Any, gpus: bool) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: Settings, secret: bytes, router: Any, gpus: bool
+    ) -> None:
         setup_logging(settings.telemetry.log_level)
         self._id = serve.get_replica_context().replica_id.unique_id
         self._settings = settings
-        self._host = get_node_ip_address()
+        self._host: str = get_node_ip_address()  # type: ignore[no-untyped-call]
         registry = new_registry()
         self._exporter = MetricsExporter(
             registry,
@@ -114,6 +116,7 @@ class Engine:
     async def _start_gang(self, gpus: bool) -> Gang:
         settings = self._settings.gang
         group = ray.util.get_current_placement_group()
+        assert group is not None, "the deployment has placement group bundles"
         launcher = RayLauncher(group, settings.cpus, gpus)
         secret = secrets.token_bytes(32)
         gang = Gang(launcher, secret, settings.stages, settings.expert_parallel)

@@ -74,7 +74,7 @@ class GlooFabric:
         self.rank = rank
         self.size = size
         self._sending: tuple[Any, Tensor] | None = None
-        options = dist.ProcessGroupGloo._Options()
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timedelta(seconds=timeout_s)
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=host, lazy_init=False)]
         try:
@@ -91,7 +91,7 @@ class GlooFabric:
         self._wait(self._start("recv", [tensor], peer, 0))
 
     def all_gather(self, out: Tensor, tensor: Tensor) -> None:
-        self._wait(self._start("_allgather_base", out, tensor))
+        self._wait(self._start("_allgather_base", out.view(-1), tensor.view(-1)))
 
     def reduce_scatter(self, out: Tensor, tensor: Tensor) -> None:
         parts = torch.empty_like(tensor)  # [size, *out.shape]

@@ -180,5 +180,5 @@ def _build_worker(
         stage.load_tensor(name, tensor)
     stage.finalize()
     cache = LatentCache(config, len(layout.layers(cell.stage)), spec.pages, dtype, device)
-    worker = Worker(cell, stage, cache, fabrics.column, exchange)
-    return worker, cache.data.numel() * cache.data.element_size()
+    worker = Worker(cell, stage, cache, fabrics.column, exchange, config.hidden_size)
+    return worker, cache.rows.nbytes

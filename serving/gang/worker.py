@@ -52,12 +52,15 @@ class Worker:
         cache: LatentCache,
         column: Fabric | None,
         exchange: StageExchange | None,
+        hidden_size: int,
     ) -> None:
         self._cell = cell
         self._stage = stage
         self._cache = cache
         self._column = column
         self._exchange = exchange
+        self._hidden_size = hidden_size
+        self._device, self._dtype = cache.rows.device, cache.rows.dtype
         self._first = column is None or cell.stage == 0
         self._last = column is None or cell.stage == column.size - 1
         self._residents: dict[int, Resident] = {}
@@ -109,19 +112,21 @@ class Worker:
             )
             for piece in plan.slices
         ]
-        return StepContext.build(spans, self._stage.device)
+        return StepContext.build(spans, self._device)
 
     def _inputs(self, plan: RankPlan, rows: int) -> Tensor:
         """Token ids [rows] on the first stage, hidden states [rows, hidden] on the others."""
         if not self._first and self._column is not None:
-            hidden = self._stage.empty_hidden(rows)
+            hidden = torch.empty(
+                rows, self._hidden_size, dtype=self._dtype, device=self._device
+            )
             self._column.recv(hidden, self._cell.stage - 1)
             return hidden
         ids: list[int] = []
         for piece in plan.slices:
             tokens = self._residents[piece.id].tokens
             ids.extend(tokens[piece.start : piece.start + piece.count])
-        return torch.tensor(ids or [0], dtype=torch.int64, device=self._stage.device)
+        return torch.tensor(ids or [0], dtype=torch.int64, device=self._device)
 
     def _sample(self, plan: RankPlan, logits: Tensor) -> list[Sample]:
         wanted = [piece for piece in plan.slices if piece.sample]

@@ -52,7 +52,9 @@ api.add_exception_handler(RequestValidationError, on_invalid_body)
 class Ingress:
     """Serve deployment: OpenAI-compatible HTTP."""
 
-    async def __init__(self, settings: Settings, secret: bytes, router: Any, engines: Any) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: Settings, secret: bytes, router: Any, engines: Any
+    ) -> None:
         setup_logging(settings.telemetry.log_level)
         self._settings = settings
         self._keys = ApiKeys(settings.ingress.api_keys_file)

@@ -140,7 +140,7 @@ class GenerationService:
     ) -> _Job:
         choices = body.n or 1
         seed = body.seed if body.seed is not None else secrets.randbits(62)
-        generations = []
+        generations: list[Generation] = []
         for prompt in prompts:
             limit = self._output_limit(len(prompt), max_tokens)
             for _ in range(choices):

@@ -45,7 +45,9 @@ class _Ingress:
 class Router:
     """Serve deployment with one replica."""
 
-    async def __init__(self, settings: Settings, secret: bytes) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: Settings, secret: bytes
+    ) -> None:
         setup_logging(settings.telemetry.log_level)
         self._settings = settings.router
         self._host = get_node_ip_address()
