@@ -11,7 +11,6 @@ follows the clock in its learning rate.
 
 import argparse
 import json
-import math
 import shutil
 import sys
 import time
@@ -23,12 +22,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
-from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 
 from model.nano.corpus import (
     CorpusError,
@@ -38,15 +35,11 @@ from model.nano.corpus import (
     train_tokenizer,
     training_documents,
 )
+from model.nano.trainer import Trainer, learning_rate
 
 BUNDLED = Path(__file__).parent / "checkpoint"
 FIXED = ("config.json", "generation_config.json", "tokenizer_config.json")
 ROW_TOKENS = 512
-PEAK_RATE = 1.5e-3
-LAST_RATE = 0.05  # of the peak
-WARM_UP_STEPS = 100
-WEIGHT_DECAY = 0.1
-BALANCE = 0.01  # weight of the load-balance loss
 REPORT_EVERY = 25
 EVALUATE_EVERY = 400
 
@@ -69,8 +62,7 @@ class Recipe:
     max_steps: int | None = None
 
     def same_run(self, other: "Recipe") -> bool:
-        unbounded = {"minutes": None, "max_steps": None}
-        return replace(self, **unbounded) == replace(other, **unbounded)
+        return replace(self, minutes=other.minutes, max_steps=other.max_steps) == other
 
 
 @dataclass(slots=True)
@@ -112,7 +104,7 @@ class State:
             raise TrainingError(f"{len(ids)} tokens make no row: take more files")
         return ids.unfold(0, ROW_TOKENS + 1, ROW_TOKENS)
 
-    def save(self, trainer: "Trainer", recipe: Recipe, progress: Progress) -> None:
+    def save(self, trainer: Trainer, recipe: Recipe, progress: Progress) -> None:
         """Tensors first, then the counters that name them: a crash leaves the older pair."""
         name = f"step-{progress.step}.safetensors"
         save_file(trainer.tensors(), self._directory / name)
@@ -124,7 +116,7 @@ class State:
             if path.name != name:
                 path.unlink()
 
-    def load(self, trainer: "Trainer", recipe: Recipe) -> Progress:
+    def load(self, trainer: Trainer, recipe: Recipe) -> Progress:
         """Puts the saved tensors into `trainer`; returns how far it had come."""
         counters = json.loads(self._counters.read_text(encoding="utf-8"))
         saved = Recipe(**counters["recipe"])
@@ -134,80 +126,6 @@ class State:
         progress = Progress(**counters["progress"])
         progress.history = [(step, loss) for step, loss in progress.history]
         return progress
-
-
-class Trainer:
-    """Model and optimizer, in float32; the forward pass computes in bfloat16."""
-
-    def __init__(self, seed: int) -> None:
-        torch.manual_seed(seed)
-        config = DeepseekV2Config.from_pretrained(BUNDLED)
-        config._experts_implementation = "grouped_mm"
-        self.model = DeepseekV2ForCausalLM(config).float().train()
-        self._named = dict(self.model.named_parameters())
-        matrices = [p for p in self._named.values() if p.dim() >= 2]
-        vectors = [p for p in self._named.values() if p.dim() < 2]
-        self._optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors}],
-            lr=PEAK_RATE,
-            betas=(0.9, 0.95),
-            weight_decay=0.0,
-            fused=True,
-        )
-        self._balance: list[Tensor] = []
-        for module in self.model.modules():
-            if isinstance(module, DeepseekV2TopkRouter):
-                module.register_forward_hook(self._watch_balance)
-
-    def step(self, rows: Tensor, rate: float) -> tuple[float, float]:
-        """One update on `rows` [rows, 513]; its cross entropy and load-balance loss."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._balance.clear()
-        entropy = self._loss(rows)
-        balance = torch.stack(self._balance).mean()
-        self._optimizer.zero_grad(set_to_none=True)
-        (entropy + BALANCE * balance).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self._optimizer.step()
-        return entropy.item(), balance.item()
-
-    @torch.no_grad()
-    def evaluate(self, rows: Tensor, count: int) -> float:
-        """Mean loss in nats per token over `count` rows, spread evenly over `rows`."""
-        self.model.eval()
-        chosen = [i * len(rows) // count for i in range(count)]
-        losses = [self._loss(rows[i : i + 1]).item() for i in chosen]
-        self.model.train()
-        return sum(losses) / count
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All that a later `restore` needs, by name."""
-        tensors = {f"model/{name}": p.detach() for name, p in self._named.items()}
-        for name, parameter in self._named.items():
-            for key, value in self._optimizer.state[parameter].items():
-                tensors[f"{key}/{name}"] = value
-        return tensors
-
-    @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        for name, parameter in self._named.items():
-            parameter.copy_(tensors[f"model/{name}"])
-            self._optimizer.state[parameter] = {
-                key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-
-    def _loss(self, rows: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = self.model(input_ids=rows[:, :-1], use_cache=False).logits
-        return F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
-
-    def _watch_balance(self, module: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
-        """Mean probability times share of tokens, by expert; 1.0 if all are used alike."""
-        logits, _, chosen = output
-        probability = logits.float().softmax(-1).mean(0)  # [experts]
-        counts = torch.bincount(chosen.flatten(), minlength=module.num_experts)
-        self._balance.append(module.num_experts * (counts / chosen.numel() * probability).sum())
 
 
 def train(
@@ -231,8 +149,8 @@ def train(
     if not resume and out.exists() and any(out.iterdir()):
         raise TrainingError(f"{out} is not empty: resume, or choose another directory")
     out.mkdir(parents=True, exist_ok=True)
-    with _log(out / "train.log") as log:
-        trainer = Trainer(recipe.seed)
+    with _deterministic(), _log(out / "train.log") as log:
+        trainer = Trainer(DeepseekV2Config.from_pretrained(BUNDLED), recipe.seed)
         if resume:
             progress = state.load(trainer, recipe)
             log(f"resumed after step {progress.step}")
@@ -252,16 +170,10 @@ def train(
 
 def write_checkpoint(model: DeepseekV2ForCausalLM, tokenizer: Path, directory: Path) -> None:
     """The Hugging Face layout in bfloat16. Turns `model` itself into bfloat16."""
-    model.to(torch.bfloat16).save_pretrained(directory)
+    model.bfloat16().save_pretrained(directory)
     for name in FIXED:
         shutil.copyfile(BUNDLED / name, directory / name)
     Tokenizer.from_file(str(tokenizer)).save(str(directory / "tokenizer.json"))
-
-
-def learning_rate(step: int, done: float) -> float:
-    """Of the step after `step` others, with the share `done` of the run behind it."""
-    cosine = 0.5 * (1 + math.cos(math.pi * done))
-    return PEAK_RATE * min(1.0, (step + 1) / WARM_UP_STEPS) * (LAST_RATE + (1 - LAST_RATE) * cosine)
 
 
 def _loop(
@@ -314,6 +226,17 @@ def _figures(recipe: Recipe, progress: Progress, loss: float) -> dict[str, Any]:
         "held_out_nats_per_token": loss,
         "history": progress.history,
     }
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Sums in a fixed order, so that a resumed run repeats what it would have been."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ A message never repeats the client's input and never names a file of the server.
 from typing import Any
 
 from fastapi import Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
@@ -72,11 +71,6 @@ async def on_api_error(request: Request, error: Exception) -> JSONResponse:
 async def on_http_exception(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     return ApiError(error.status_code, str(error.detail)).response()
-
-
-async def on_invalid_body(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
-    return validation_error(error.errors()).response()
 
 
 def validation_error(details: Any) -> ApiError:

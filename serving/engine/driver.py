@@ -14,7 +14,6 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.util import get_node_ip_address
 
 from serving.config import Settings
 from serving.engine.loop import EngineLoop, GangFailure
@@ -33,6 +32,7 @@ from serving.fleet import (
 from serving.gang.gang import Gang
 from serving.gang.placement import RayLauncher
 from serving.gang.specs import engine_limits, rank_specs
+from serving.node import node_address
 from serving.router.link import RouterLink
 from serving.telemetry.exporter import MetricsExporter
 from serving.telemetry.logs import get_logger, setup_logging
@@ -53,7 +53,7 @@ class Engine:
         setup_logging(settings.telemetry.log_level)
         self._id = serve.get_replica_context().replica_id.unique_id
         self._settings = settings
-        self._host: str = get_node_ip_address()  # type: ignore[no-untyped-call]
+        self._host: str = node_address()
         registry = new_registry()
         self._exporter = MetricsExporter(
             registry,

@@ -9,12 +9,12 @@ import asyncio
 from typing import Any
 
 import ray
-from ray.util import get_node_ip_address
 from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from serving.config import Settings
 from serving.gang.messages import RankSpec
+from serving.node import node_address
 
 
 def bundles(settings: Settings, gpus: bool) -> list[dict[str, float]]:
@@ -33,7 +33,7 @@ class Rank:
         from serving.telemetry.logs import setup_logging
 
         setup_logging(spec.log_level)
-        spec.host = spec.host or get_node_ip_address()
+        spec.host = spec.host or node_address()
         run_rank(spec, secret)
 
 

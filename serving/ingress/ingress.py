@@ -4,185 +4,47 @@ A Serve deployment behind HAProxy, on CPUs, with a fixed number of replicas. Eac
 serve any client; it holds no state but the streams that it is serving.
 """
 
-import asyncio
-import re
-import secrets
-import time
-from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any
 
-import httpx
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ValidationError
+from fastapi import FastAPI
 from ray import serve
-from ray.util import get_node_ip_address
-from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from serving.api.errors import (
-    ApiError,
-    on_api_error,
-    on_http_exception,
-    on_invalid_body,
-    validation_error,
-)
-from serving.api.types import ChatRequest, CompletionRequest
 from serving.config import Settings
-from serving.ingress.auth import ApiKeys
 from serving.ingress.fleet import FleetClient
+from serving.ingress.routes import Routes
 from serving.ingress.service import GenerationService
-from serving.telemetry.exporter import MetricsExporter, merge_expositions
-from serving.telemetry.logs import get_logger, setup_logging
-from serving.telemetry.metrics import Endpoint, IngressMetrics, new_registry
-
-log = get_logger("ingress")
-Body = TypeVar("Body", bound=BaseModel)
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_SCRAPE_TIMEOUT_S = 2.0
-_EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
-
-api = FastAPI(title="Expertline", docs_url=None, redoc_url=None)
-api.add_exception_handler(ApiError, on_api_error)
-api.add_exception_handler(HTTPException, on_http_exception)
-api.add_exception_handler(RequestValidationError, on_invalid_body)
+from serving.node import node_address
+from serving.telemetry.exporter import MetricsExporter
+from serving.telemetry.logs import setup_logging
+from serving.telemetry.metrics import IngressMetrics, new_registry
 
 
-@serve.ingress(api)
+@serve.ingress()
 class Ingress:
-    """Serve deployment: OpenAI-compatible HTTP."""
+    """Serve deployment: OpenAI-compatible HTTP. Serve asks it for its ASGI application."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: Settings, secret: bytes, router: Any, engines: Any
     ) -> None:
         setup_logging(settings.telemetry.log_level)
-        self._settings = settings
-        self._keys = ApiKeys(settings.ingress.api_keys_file)
-        self._created = int(time.time())
         registry = new_registry()
-        self._metrics = IngressMetrics(registry)
+        metrics = IngressMetrics(registry)
         ingress_id = serve.get_replica_context().replica_id.unique_id
         self._exporter = MetricsExporter(
             registry,
-            get_node_ip_address(),
+            node_address(),
             settings.telemetry.targets_directory,
             {"process": "ingress", "replica": ingress_id},
         )
         self._fleet = FleetClient(router, secret, ingress_id, self._exporter.address)
-        self._service = GenerationService(settings, self._fleet, engines, self._metrics)
-        self._scraper = httpx.AsyncClient(timeout=_SCRAPE_TIMEOUT_S, trust_env=False)
+        self._service = GenerationService(settings, self._fleet, engines, metrics)
+        self._routes = Routes(settings, self._service, self._fleet, metrics)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._routes.app()
 
     async def __del__(self) -> None:
         await self._fleet.close()
-        await self._scraper.aclose()
+        await self._routes.close()
         self._service.close()
         self._exporter.close()
-
-    @api.post("/v1/completions")
-    async def completions(self, request: Request) -> Response:
-        async def answer(body: CompletionRequest, tenant: str, request_id: str) -> Response:
-            return await self._service.completions(body, tenant, request_id)
-
-        return await self._generate(request, "completions", CompletionRequest, answer)
-
-    @api.post("/v1/chat/completions")
-    async def chat(self, request: Request) -> Response:
-        async def answer(body: ChatRequest, tenant: str, request_id: str) -> Response:
-            return await self._service.chat(body, tenant, request_id)
-
-        return await self._generate(request, "chat", ChatRequest, answer)
-
-    @api.get("/v1/models")
-    async def models(self, request: Request) -> Response:
-        self._keys.tenant(request.headers.get("authorization"))
-        return JSONResponse({"object": "list", "data": [self._model_card()]})
-
-    @api.get("/v1/models/{name:path}")
-    async def model(self, request: Request, name: str) -> Response:
-        self._keys.tenant(request.headers.get("authorization"))
-        if name != self._settings.model.served_name:
-            raise ApiError(404, "The model does not exist.", "model", "model_not_found")
-        return JSONResponse(self._model_card())
-
-    @api.get("/livez")
-    async def livez(self) -> Response:
-        """This process answers; says nothing of the model."""
-        return PlainTextResponse("ok\n")
-
-    @api.get("/readyz")
-    async def readyz(self) -> Response:
-        """A request would be served now."""
-        if not self._fleet.ready:
-            return PlainTextResponse("no engine is ready\n", status_code=503)
-        return PlainTextResponse("ok\n")
-
-    @api.get("/metrics")
-    async def metrics(self) -> Response:
-        """Metrics of the whole fleet, each process's under its own `instance`."""
-        addresses = self._fleet.metrics_addresses or [self._exporter.address]
-        texts = await asyncio.gather(*(self._scrape(address) for address in addresses))
-        return PlainTextResponse(merge_expositions(texts), media_type=_EXPOSITION)
-
-    async def _scrape(self, address: str) -> tuple[dict[str, str], str]:
-        try:
-            response = await self._scraper.get(f"http://{address}/metrics")
-        except httpx.HTTPError as error:
-            log.event("INFO", "scrape.failed", target=address, error=type(error).__name__)
-            return {"instance": address}, ""
-        return {"instance": address}, response.text
-
-    async def _generate(
-        self,
-        request: Request,
-        endpoint: Endpoint,
-        shape: type[Body],
-        answer: Callable[[Body, str, str], Awaitable[Response]],
-    ) -> Response:
-        started = time.monotonic()
-        request_id = _request_id(request)
-        try:
-            tenant = self._keys.tenant(request.headers.get("authorization"))
-            body = _parse(shape, await self._read(request))
-            response = await answer(body, tenant, request_id)
-        except ApiError as error:
-            response = error.response()
-        except asyncio.CancelledError:
-            self._metrics.answered(endpoint, 499, time.monotonic() - started)
-            raise
-        response.headers["x-request-id"] = request_id
-        self._metrics.answered(endpoint, response.status_code, time.monotonic() - started)
-        return response
-
-    async def _read(self, request: Request) -> bytes:
-        """The body, refused as soon as it is known to be too long."""
-        limit = self._settings.ingress.max_body_bytes
-        body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > limit:
-                raise ApiError(413, f"The body exceeds {limit} bytes.")
-        return bytes(body)
-
-    def _model_card(self) -> dict[str, Any]:
-        return {
-            "id": self._settings.model.served_name,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "expertline",
-            "max_model_len": self._fleet.max_request_tokens,
-        }
-
-
-def _parse(shape: type[Body], body: bytes) -> Body:
-    try:
-        return shape.model_validate_json(body)
-    except ValidationError as error:
-        details = error.errors(include_input=False, include_url=False, include_context=False)
-        raise validation_error(details) from None
-
-
-def _request_id(request: Request) -> str:
-    """The client's own id if it is harmless in a log, with a tail that makes it unique here."""
-    given = request.headers.get("x-request-id", "")
-    own = secrets.token_hex(12)
-    return f"{given}-{own}" if _REQUEST_ID.fullmatch(given) else own

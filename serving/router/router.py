@@ -9,8 +9,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from ray.util import get_node_ip_address
-
 from serving.config import Settings
 from serving.fleet import (
     ROUTER_CODEC,
@@ -24,6 +22,7 @@ from serving.fleet import (
     LeaseRelease,
     LeaseRequest,
 )
+from serving.node import node_address
 from serving.router.fair_queue import FairQueue, Waiting
 from serving.router.leases import LeaseBook, NeverFits
 from serving.router.prefix_index import PrefixIndex
@@ -50,7 +49,7 @@ class Router:
     ) -> None:
         setup_logging(settings.telemetry.log_level)
         self._settings = settings.router
-        self._host = get_node_ip_address()
+        self._host = node_address()
         registry = new_registry()
         self._metrics = RouterMetrics(registry)
         self._exporter = MetricsExporter(
