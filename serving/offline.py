@@ -13,7 +13,7 @@ from serving.engine.request import Finish, Request, TokenOutput
 from serving.engine.scheduler import Scheduler
 from serving.gang.gang import Gang, Progress
 from serving.gang.processes import ProcessLauncher
-from serving.gang.specs import engine_limits, rank_specs
+from serving.specs import engine_limits, rank_specs
 
 _LOOPBACK = "127.0.0.1"
 

@@ -31,9 +31,9 @@ from serving.fleet import (
 )
 from serving.gang.gang import Gang
 from serving.gang.placement import RayLauncher
-from serving.gang.specs import engine_limits, rank_specs
 from serving.node import node_address
 from serving.router.link import RouterLink
+from serving.specs import engine_limits, rank_specs
 from serving.telemetry.exporter import MetricsExporter
 from serving.telemetry.logs import get_logger, setup_logging
 from serving.telemetry.metrics import EngineMetrics, new_registry

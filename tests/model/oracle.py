@@ -86,7 +86,7 @@ def published_rope(mscale: float) -> dict[str, Any]:
 def transformers_config(family: str) -> DeepseekV2Config:
     settings = TINY | FAMILIES[family]
     rope = published_rope(settings.pop("mscale")) | {"rope_type": "yarn", "rope_theta": 10000.0}
-    return DeepseekV2Config(**settings, rope_parameters=rope, attn_implementation="eager")
+    return DeepseekV2Config(**settings, rope_parameters=rope)
 
 
 @cache
@@ -99,6 +99,7 @@ def oracle(name: str) -> Oracle:
         return _oracle(reference, NANO)
     torch.manual_seed(0)
     reference = DeepseekV2ForCausalLM(transformers_config(name))
+    reference.set_attn_implementation("eager")
     for parameter in reference.parameters():
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter, mean=1.0, std=0.1)

@@ -37,8 +37,8 @@ def random_tokens(model: Oracle, count: int, seed: int = 0) -> list[int]:
 def check_schedules(model: Oracle, gang: Gang, schedules: dict[str, list[int]]) -> None:
     """Runs all schedules side by side; the logits of every step must be transformers'."""
     lives: dict[str, Live] = {}
-    for index, (name, counts) in enumerate(schedules.items()):
-        tokens = random_tokens(model, sum(counts), seed=index)
+    for index, (name, schedule) in enumerate(schedules.items()):
+        tokens = random_tokens(model, sum(schedule), seed=index)
         lives[name] = gang.open(tokens, column=index % gang.layout.ranks)
     expected = {name: model.logits(live.tokens) for name, live in lives.items()}
     for step in range(max(map(len, schedules.values()))):

@@ -8,7 +8,7 @@ from model.config import CheckpointError
 from model.layout import Cell, Layout
 from model.moe import LocalExchange
 from model.stage import Stage
-from tests.model.harness import CPU
+from tests.model.harness import CPU, load
 from tests.model.oracle import oracle
 
 
@@ -65,6 +65,14 @@ def test_a_missing_tensor_is_noticed() -> None:
             stage.load_tensor(name, tensor)
     with pytest.raises(CheckpointError, match=r"1 tensors were not loaded, lm_head\.weight"):
         stage.finalize()
+
+
+def test_nothing_can_be_loaded_once_loading_has_ended() -> None:
+    model = oracle("nano")
+    stage = stage_of("nano", 1, 1, Cell(0, 0))
+    load(stage, model.tensors)
+    with pytest.raises(KeyError):
+        stage.load_tensor("lm_head.weight", model.tensors["lm_head.weight"])
 
 
 def test_bytes_per_page_is_what_the_cache_takes() -> None:

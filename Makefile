@@ -1,0 +1,34 @@
+# Every target sets up .venv on first use.
+PYTHON ?= python3
+PORT ?= 8000
+BIN := .venv/bin
+READY := .venv/.installed
+
+.PHONY: serve test lint bench clean
+
+serve: $(READY)
+	$(BIN)/expertline up --model nano --stages 2 --expert-parallel 2 --port $(PORT)
+
+test: $(READY)
+	$(BIN)/pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The bench-1b shape (2.5 GB on disk, made on first use) at 1x1 and 2x2.
+BENCH_MODEL ?= .bench/bench-1b
+bench: $(READY)
+	test -e $(BENCH_MODEL)/config.json || $(BIN)/expertline checkpoint random --shape bench-1b --out $(BENCH_MODEL)
+	$(BIN)/expertline bench --model $(BENCH_MODEL) --threads 2 --batch 16 --prompt 256 --output 64 --json
+	$(BIN)/expertline bench --model $(BENCH_MODEL) --stages 2 --expert-parallel 2 --batch 16 --prompt 256 --output 64 --json
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .bench build *.egg-info .pytest_cache .mypy_cache .ruff_cache

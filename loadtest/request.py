@@ -1,0 +1,108 @@
+"""One streamed request: what is sent, and what is measured of the answer."""
+
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from loadtest.sse import GrammarError, ServerError, StreamCheck
+from loadtest.workload import Kind
+
+MAX_MESSAGE = 200  # characters kept of an error
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """One request's story. Times are seconds since the run's start; None: it never came so far."""
+
+    number: int
+    kind: Kind
+    intended_s: float
+    sent_s: float | None = None
+    first_s: float | None = None  # first text
+    last_s: float | None = None  # latest text
+    end_s: float | None = None
+    status: int | None = None  # HTTP
+    error: str | None = None  # what kind: http_429, timeout, connection, grammar, server, client
+    message: str = ""
+    prompt_tokens: int = 0
+    output_tokens: int = 0  # by the server's count
+    finish_reason: str | None = None
+    gaps_s: list[float] = field(default_factory=list)  # between chunks with text
+
+    @property
+    def succeeded(self) -> bool:
+        return self.error is None and self.end_s is not None
+
+    def fail(self, kind: str, message: str) -> None:
+        self.error, self.message = kind, message[:MAX_MESSAGE]
+
+
+class Clock:
+    """Seconds since the run's start."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __call__(self) -> float:
+        return time.perf_counter() - self._start
+
+
+async def stream_request(
+    client: httpx.AsyncClient, url: str, body: dict[str, Any], record: RequestRecord, clock: Clock
+) -> None:
+    """Sends one request and reads its stream to the end. What goes wrong is in the record."""
+    record.sent_s = clock()
+    check = StreamCheck()
+    try:
+        async with client.stream("POST", url, json=body) as response:
+            record.status = response.status_code
+            if response.status_code != httpx.codes.OK:
+                record.fail(f"http_{response.status_code}", (await response.aread()).decode())
+            else:
+                await _read(response, check, record, clock)
+    except GrammarError as error:
+        record.fail("grammar", str(error))
+    except ServerError as error:
+        record.fail("server", str(error))
+    except httpx.TimeoutException as error:
+        record.fail("timeout", type(error).__name__)
+    except (httpx.HTTPError, UnicodeDecodeError) as error:
+        record.fail("connection", f"{type(error).__name__}: {error}")
+    record.end_s = clock()
+    record.prompt_tokens = check.prompt_tokens or 0
+    record.output_tokens = check.output_tokens or 0
+    record.finish_reason = check.finish_reasons.get(0)
+
+
+async def _read(
+    response: httpx.Response, check: StreamCheck, record: RequestRecord, clock: Clock
+) -> None:
+    content_type = response.headers.get("content-type", "")
+    if not content_type.startswith("text/event-stream"):
+        raise GrammarError(f"content-type {content_type!r} instead of text/event-stream")
+    async for data in _events(response):
+        if not check.feed(data):
+            continue
+        now = clock()
+        if record.first_s is None or record.last_s is None:
+            record.first_s = now
+        else:
+            record.gaps_s.append(now - record.last_s)
+        record.last_s = now
+    check.end()
+
+
+async def _events(response: httpx.Response) -> AsyncIterator[str]:
+    """The data of each event; comments and other fields are skipped, as SSE has it."""
+    data: list[str] = []
+    async for line in response.aiter_lines():
+        if line.startswith("data:"):
+            data.append(line[5:].removeprefix(" "))
+        elif not line and data:
+            yield "\n".join(data)
+            data.clear()
+    if data:
+        raise GrammarError("the stream ended inside an event")

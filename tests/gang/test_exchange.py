@@ -1,0 +1,78 @@
+"""The real exchanges: the network computes what transformers computes, over any layout."""
+
+import pytest
+import torch
+
+from model.config import ModelConfig
+from model.moe import LocalExperts
+from serving.gang.exchange import EXCHANGES
+from tests.gang.gloo import gloo_group, real_exchanges, together
+from tests.model.harness import Gang
+from tests.model.oracle import oracle
+from tests.model.test_parity import LAYOUTS, MODELS, SCHEDULES, check_schedules
+
+
+@pytest.mark.parametrize("kind", EXCHANGES)
+@pytest.mark.parametrize(("stages", "ranks"), [layout for layout in LAYOUTS if layout[1] > 1])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_those_of_transformers(name: str, stages: int, ranks: int, kind: str) -> None:
+    model = oracle(name)
+    gang = Gang(model.config, model.tensors, stages, ranks, exchanges=real_exchanges(kind))
+    check_schedules(model, gang, SCHEDULES)
+
+
+def experts_of(config: ModelConfig, held: range) -> LocalExperts:
+    """Experts whose weights depend only on their id."""
+    experts = LocalExperts(config, held, torch.float32)
+    for index, expert in enumerate(held):
+        numbers = torch.Generator().manual_seed(expert)
+        for weights in (experts.gate_up, experts.down):
+            torch.nn.init.normal_(weights[index], std=0.1, generator=numbers)
+    return experts
+
+
+@pytest.mark.parametrize("kind", EXCHANGES)
+@pytest.mark.parametrize("rows", [[5, 5], [1, 9], [3, 1, 7, 2]])
+def test_uneven_rows_come_home_with_all_their_experts_words(kind: str, rows: list[int]) -> None:
+    config, ranks = oracle("like-236b").config, len(rows)
+    share = config.n_routed_experts // ranks
+    fabrics = gloo_group(ranks)
+    torch.manual_seed(1)
+    inputs = [
+        (
+            torch.randn(count, config.hidden_size),
+            torch.stack([torch.randperm(config.n_routed_experts)[:4] for _ in range(count)]),
+            torch.rand(count, 4),
+        )
+        for count in rows
+    ]
+
+    def run(rank: int) -> tuple[torch.Tensor, int]:
+        exchange = EXCHANGES[kind](fabrics[rank], config.n_routed_experts)
+        exchange.begin(rows)
+        experts = experts_of(config, range(rank * share, (rank + 1) * share))
+        return exchange(*inputs[rank], experts), exchange.bytes_sent
+
+    whole = experts_of(config, range(config.n_routed_experts))
+    for rank, (out, sent) in enumerate(together(ranks, run)):
+        torch.testing.assert_close(out, whole(*inputs[rank]), rtol=1e-5, atol=1e-5)
+        assert sent > 0
+
+
+def test_all_to_all_sends_a_row_once_to_each_rank_that_it_needs() -> None:
+    config, ranks = oracle("like-236b").config, 4
+    fabrics = gloo_group(ranks)
+    share = config.n_routed_experts // ranks
+    ids = torch.arange(4).repeat(6, 1)  # every row needs experts of rank 0 alone
+    hidden, weights = torch.randn(6, config.hidden_size), torch.rand(6, 4)
+
+    def run(rank: int) -> int:
+        exchange = EXCHANGES["all_to_all"](fabrics[rank], config.n_routed_experts)
+        exchange.begin([6] * ranks)
+        exchange(hidden, ids, weights, experts_of(config, range(rank * share, (rank + 1) * share)))
+        return exchange.bytes_sent
+
+    row_bytes = config.hidden_size * 4
+    sent = together(ranks, run)
+    assert sent[0] == 6 * 3 * row_bytes  # rank 0 answers the others and asks nobody
+    assert sent[1:] == [6 * (row_bytes + 4 * 8)] * 3

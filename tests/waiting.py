@@ -1,0 +1,16 @@
+"""Waiting for what other tasks or processes bring about."""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+_POLL_S = 0.02
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Returns once the condition holds; TimeoutError if it does not in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError("the condition did not come to hold")
+        await asyncio.sleep(_POLL_S)
