@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -19,7 +19,8 @@ app = typer.Typer(
 )
 checkpoints = typer.Typer(help="Make and look at checkpoints.", no_args_is_help=True)
 app.add_typer(checkpoints, name="checkpoint")
-_console = Console(stderr=False)
+_console = Console()
+Endpoint = Literal["completions", "chat"]
 
 ModelOption = Annotated[str | None, typer.Option(help="checkpoint folder, or `nano`")]
 StagesOption = Annotated[int | None, typer.Option(help="pipeline stages")]
@@ -142,21 +143,35 @@ def bench(
 @app.command()
 def loadtest(
     url: Annotated[str, typer.Option(help="an OpenAI-compatible server")] = "http://127.0.0.1:8000",
-    model: Annotated[str, typer.Option()] = "nano",
-    rate: Annotated[float, typer.Option(min=0.001, help="requests per second")] = 2.0,
-    requests: Annotated[int, typer.Option(min=1, max=100_000)] = 60,
+    model: Annotated[str | None, typer.Option(help="default: the server's first")] = None,
+    rate: Annotated[float, typer.Option(min=0.001, help="mean requests per second")] = 2.0,
+    requests: Annotated[int | None, typer.Option(min=1, help="stop after so many")] = None,
+    duration: Annotated[float | None, typer.Option(min=0.1, help="or after seconds")] = None,
     max_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    endpoint: Annotated[str, typer.Option(help="chat or completions")] = "completions",
+    endpoint: Annotated[Endpoint, typer.Option()] = "completions",
     seed: Annotated[int, typer.Option()] = 0,
     json_path: Annotated[Path | None, typer.Option("--json", help="write the report here")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY")] = None,
 ) -> None:
-    """Open-loop load against a server, with every answer checked."""
+    """Open-loop load against a server, every answer checked."""
     from deploy.loadtest import run_loadtest
+    from loadtest import LoadError, LoadPlan
 
-    run_loadtest(
-        url, model, rate, requests, max_tokens, endpoint, seed, json_path, api_key, _console
-    )
+    try:
+        plan = LoadPlan(
+            url=url,
+            model=model,
+            rate=rate,
+            duration_s=duration,
+            requests=60 if requests is None and duration is None else requests,
+            max_tokens=max_tokens,
+            endpoint=endpoint,
+            seed=seed,
+            api_key=api_key,
+        )
+    except LoadError as error:
+        raise UsageError(str(error)) from error
+    run_loadtest(plan, json_path, _console)
 
 
 @checkpoints.command("random")

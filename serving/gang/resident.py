@@ -50,11 +50,6 @@ class Fabrics:
     column: Fabric | None
     peers: Fabric | None
 
-    def abort(self) -> None:
-        for fabric in (self.column, self.peers):
-            if fabric is not None:
-                fabric.abort()
-
 
 def run_rank(spec: RankSpec, secret: bytes) -> None:
     """Runs one rank until its engine lets go of it.
