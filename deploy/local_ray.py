@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 LONGEST_STREAM_S = 3600
+LOOPBACK = "127.0.0.1"
 _REAP_S = 5.0
 
 
@@ -49,17 +50,18 @@ def serve_environment(workdir: Path) -> dict[str, str]:
 
 
 @contextmanager
-def local_ray() -> Iterator[None]:
+def local_ray() -> Iterator[bool]:
     """Ray and Serve's environment for the body; afterwards nothing of it is left.
 
     A cluster named by RAY_ADDRESS is joined and left running; its own environment counts.
+    Yields whether the cluster is our own, all of it on this machine.
     """
     if os.environ.get("RAY_ADDRESS"):
         import ray
 
         ray.init(log_to_driver=True, configure_logging=False)
         try:
-            yield
+            yield False
         finally:
             ray.shutdown()
         return
@@ -69,13 +71,12 @@ def local_ray() -> Iterator[None]:
         import ray
 
         ray.init(
-            _node_ip_address="127.0.0.1",
             include_dashboard=False,
             object_store_memory=100 * 1024 * 1024,
             log_to_driver=True,
             logging_level=logging.ERROR,
         )
-        yield
+        yield True
     finally:
         ray.shutdown()
         _reap_haproxy(Path(os.environ["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"]))
@@ -87,7 +88,7 @@ def _free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     try:
         for probe in sockets:
-            probe.bind(("127.0.0.1", 0))
+            probe.bind((LOOPBACK, 0))
         return [probe.getsockname()[1] for probe in sockets]
     finally:
         for probe in sockets:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 
 from deploy.errors import StartError
-from deploy.local_ray import local_ray
+from deploy.local_ray import LOOPBACK, local_ray
 from deploy.preflight import check_model, check_port
 from serving.config import Settings
 
@@ -29,8 +29,11 @@ def up(settings: Settings, console: Console) -> None:
     """
     check_model(settings)
     check_port(settings.ingress.host, settings.ingress.port)
-    with _stop_signal() as stopped, local_ray():
+    with _stop_signal() as stopped, local_ray() as own:
         from ray import serve
+
+        if own and settings.internal_host is None:
+            settings = settings.model_copy(update={"internal_host": LOOPBACK})
 
         try:
             status = _start(settings, stopped, console)

@@ -66,7 +66,9 @@ def _engine_deployment(settings: Settings, gpus: bool) -> serve.Deployment:
         ray_actor_options={"num_cpus": settings.engine.cpus},
         placement_group_bundles=bundles(settings, gpus),
         placement_group_strategy=settings.gang.placement,
-        request_router_config=RequestRouterConfig(request_router_class=LEASE_ROUTER),
+        request_router_config=RequestRouterConfig(
+            request_router_class=LEASE_ROUTER  # type: ignore[arg-type]  # a path will do
+        ),
         max_constructor_retry_count=2,
         health_check_period_s=2,
         health_check_timeout_s=10,

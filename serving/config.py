@@ -111,6 +111,9 @@ class Settings(_Settings):
     router: RouterSettings = RouterSettings()
     ingress: IngressSettings = IngressSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
+    internal_host: str | None = Field(
+        None, description="address of the internal ports; default: the node's, as Ray knows it"
+    )
     secret: SecretStr | None = Field(
         None, description="shared secret of the internal ports; default: a fresh random one"
     )

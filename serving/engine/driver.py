@@ -53,7 +53,7 @@ class Engine:
         setup_logging(settings.telemetry.log_level)
         self._id = serve.get_replica_context().replica_id.unique_id
         self._settings = settings
-        self._host: str = node_address()
+        self._host = node_address(settings)
         registry = new_registry()
         self._exporter = MetricsExporter(
             registry,
@@ -117,7 +117,7 @@ class Engine:
         settings = self._settings.gang
         group = ray.util.get_current_placement_group()
         assert group is not None, "the deployment has placement group bundles"
-        launcher = RayLauncher(group, settings.cpus, gpus)
+        launcher = RayLauncher(group, self._settings, gpus)
         secret = secrets.token_bytes(32)
         gang = Gang(launcher, secret, settings.stages, settings.expert_parallel)
         port = await gang.listen(self._host)

@@ -28,7 +28,9 @@ class Gang(Protocol):
         ...
 
     async def result(self) -> StepResult:
-        """The next finished step, in the order of submission.
+        """The next finished step, in the order of submission; waits while there is none.
+
+        Cancelling the wait loses nothing.
 
         Raises:
             GangFailure: no more steps will finish.
@@ -96,10 +98,10 @@ class EngineLoop:
         try:
             while True:
                 self._launch()
-                if self._in_flight:
-                    await self._next_event()
-                else:
-                    await self._sleep()
+                if not self._in_flight:
+                    assert self._scheduler.idle, "requests wait, but none can be scheduled"
+                    self._scheduler.check_integrity()  # the moment to see a leak
+                await self._next_event()
         except GangFailure as failure:
             self._failure = failure
             lost = [Finish(i, FinishReason.ERROR, str(failure)) for i in sorted(self._requests)]
@@ -115,15 +117,11 @@ class EngineLoop:
             self._in_flight.append((plan, self._clock()))
             self._gang.submit(plan)
 
-    async def _sleep(self) -> None:
-        """Waits for a request; the moment to see that nothing has leaked."""
-        assert self._scheduler.idle, "requests wait, but none can be scheduled"
-        self._scheduler.check_integrity()
-        self._news.clear()
-        await self._news.wait()
-
     async def _next_event(self) -> None:
-        """Takes the next result, or returns early when there is room for a new step."""
+        """Takes the next result, or returns early when there may be room for a new step.
+
+        Waits for the gang even with no step in flight, so as to hear of its end.
+        """
         if len(self._in_flight) == self._scheduler.limits.stages:
             self._finish(await self._gang.result())
             return
@@ -136,7 +134,7 @@ class EngineLoop:
             news.cancel()
             if not result.done():
                 result.cancel()
-        if not result.cancelled() and result.done():
+        if result.done() and not result.cancelled():
             self._finish(result.result())
 
     def _finish(self, result: StepResult) -> None:

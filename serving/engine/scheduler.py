@@ -189,11 +189,12 @@ class Scheduler:
 
     def _room(self, sequence: Sequence, count: int) -> int:
         """How many of the next `count` positions have pages, after preempting if need be."""
-        pool, running = self._pools[sequence.column], self._running[sequence.column]
         missing = pages_for(sequence.scheduled + count) - len(sequence.pages)
-        while missing > pool.available and running[-1] is not sequence:
-            self._preempt(running[-1])
-        sequence.pages += pool.take(min(max(missing, 0), pool.available))
+        if missing > 0:
+            pool, running = self._pools[sequence.column], self._running[sequence.column]
+            while missing > pool.available and running[-1] is not sequence:
+                self._preempt(running[-1])
+            sequence.pages += pool.take(min(missing, pool.available))
         return min(count, len(sequence.pages) * PAGE_TOKENS - sequence.scheduled)
 
     def _admit(self, columns: list[RankPlan], budgets: list[int]) -> None:

@@ -7,7 +7,7 @@ from serving.engine.prefix import HashChain
 from serving.engine.request import Request, RequestStats
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sequence:
     """`scheduled` chases `known`; `computed` follows `scheduled` as results come back.
 

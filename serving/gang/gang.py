@@ -5,6 +5,7 @@ knows at once. The first failure ends the gang: every later call raises `GangFai
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -68,10 +69,9 @@ class Gang:
         self._server = ChannelServer(secret, GANG_CODEC, self._serve_rank)
         self._ranks: dict[tuple[int, int], _Rank] = {}
         self._partial: dict[int, list[RankResult]] = {}
-        self._results: asyncio.Queue[StepResult] = asyncio.Queue()
-        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._failure.add_done_callback(lambda future: future.exception())
-        self._changed = asyncio.Event()
+        self._results: deque[StepResult] = deque()
+        self._failure: GangFailure | None = None
+        self._news = asyncio.Event()  # one waiter at a time: `start`, then `result`
         self._progress: Progress = lambda done, total: None
 
     async def listen(self, host: str) -> int:
@@ -102,15 +102,16 @@ class Gang:
                 for rank in self._ranks.values():
                     rank.channel.send_frame(form)
                 await self._until(lambda: all(rank.ready for rank in self._ranks.values()))
-        except BaseException as error:
-            await self.stop()
-            if isinstance(error, TimeoutError):
-                raise GangStartError(f"ranks were not ready after {timeout_s:g} s") from error
-            if isinstance(error, (WireError, GangFailure)) and self._failure.done():
-                raise self._failure.exception() or error from error
-            raise
+        except TimeoutError as error:
+            raise GangStartError(f"ranks were not ready after {timeout_s:g} s") from error
+        except (GangFailure, WireError) as error:
+            first = self._failure or error
+            user_error = isinstance(first, GangStartError) and first.user_error
+            raise GangStartError(str(first), user_error) from error
         finally:
             watch.cancel()
+            if not all(rank.ready for rank in self._ranks.values()) or not self._ranks:
+                await self.stop()
 
     @property
     def metrics_addresses(self) -> list[str]:
@@ -127,21 +128,13 @@ class Gang:
                 return  # `result` tells: this connection's reader has seen the end as well
 
     async def result(self) -> StepResult:
-        """The next finished step.
+        """The next finished step; steps that finished before a failure come first.
 
         Raises:
             GangFailure: a rank is gone.
         """
-        getter = asyncio.ensure_future(self._results.get())
-        try:
-            await asyncio.wait((getter, self._failure), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            if not getter.done():
-                getter.cancel()
-        if getter.done() and not getter.cancelled():
-            return getter.result()
-        self._failure.result()
-        raise AssertionError("unreachable: the failure has an exception")
+        await self._until(lambda: bool(self._results))
+        return self._results.popleft()
 
     async def stop(self) -> None:
         """Ends the ranks; safe to call twice."""
@@ -151,14 +144,10 @@ class Gang:
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
-            self._changed.clear()
-            change = asyncio.ensure_future(self._changed.wait())
-            try:
-                await asyncio.wait((change, self._failure), return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                change.cancel()
-            if self._failure.done():
-                self._failure.result()
+            if self._failure is not None:
+                raise self._failure
+            self._news.clear()
+            await self._news.wait()
 
     async def _watch_launcher(self) -> None:
         self._fail(GangStartError(await self._launcher.watch()))
@@ -169,7 +158,7 @@ class Gang:
         if key is None or key in self._ranks:
             return
         rank = self._ranks[key] = _Rank(hello, channel)
-        self._changed.set()
+        self._news.set()
         try:
             while True:
                 self._receive(rank, await channel.receive())
@@ -185,7 +174,7 @@ class Gang:
                 self._report_progress()
             case RankReady():
                 rank.ready = True
-                self._changed.set()
+                self._news.set()
             case RankFailed():
                 text = f"rank {message.stage}.{message.rank}: {message.message}"
                 if message.user_error:
@@ -200,12 +189,14 @@ class Gang:
         parts.append(result)
         if len(parts) == self._size:
             del self._partial[result.step]
-            self._results.put_nowait(StepResult(result.step, parts))
+            self._results.append(StepResult(result.step, parts))
+            self._news.set()
 
     def _report_progress(self) -> None:
         done = sum(rank.bytes_done for rank in self._ranks.values())
         self._progress(done, sum(rank.bytes_total for rank in self._ranks.values()))
 
     def _fail(self, error: GangFailure) -> None:
-        if not self._failure.done():
-            self._failure.set_exception(error)
+        if self._failure is None:
+            self._failure = error
+            self._news.set()

@@ -28,21 +28,21 @@ def bundles(settings: Settings, gpus: bool) -> list[dict[str, float]]:
 class Rank:
     """A rank's process. `run` returns only when the engine lets go."""
 
-    def run(self, spec: RankSpec, secret: bytes) -> None:
+    def run(self, spec: RankSpec, settings: Settings, secret: bytes) -> None:
         from serving.gang.resident import run_rank
         from serving.telemetry.logs import setup_logging
 
         setup_logging(spec.log_level)
-        spec.host = spec.host or node_address()
+        spec.host = node_address(settings)
         run_rank(spec, secret)
 
 
 class RayLauncher:
     """Starts `Rank` actors in the bundles of a placement group."""
 
-    def __init__(self, group: PlacementGroup, cpus: float, gpus: bool) -> None:
+    def __init__(self, group: PlacementGroup, settings: Settings, gpus: bool) -> None:
         self._group = group
-        self._cpus = cpus
+        self._settings = settings
         self._gpus = gpus
         self._actors: list[Any] = []
         self._runs: list[Any] = []
@@ -52,14 +52,14 @@ class RayLauncher:
         order = self._cell_bundles()
         for spec, bundle in zip(specs, order, strict=True):
             actor = Rank.options(  # type: ignore[attr-defined]
-                num_cpus=self._cpus,
+                num_cpus=self._settings.gang.cpus,
                 num_gpus=1 if self._gpus else 0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     self._group, placement_group_bundle_index=bundle
                 ),
             ).remote()
             self._actors.append(actor)
-            self._runs.append(actor.run.remote(spec, secret))
+            self._runs.append(actor.run.remote(spec, self._settings, secret))
         self._started.set()
 
     async def watch(self) -> str:

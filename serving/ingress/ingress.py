@@ -32,7 +32,7 @@ class Ingress:
         ingress_id = serve.get_replica_context().replica_id.unique_id
         self._exporter = MetricsExporter(
             registry,
-            node_address(),
+            node_address(settings),
             settings.telemetry.targets_directory,
             {"process": "ingress", "replica": ingress_id},
         )

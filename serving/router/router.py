@@ -49,7 +49,7 @@ class Router:
     ) -> None:
         setup_logging(settings.telemetry.log_level)
         self._settings = settings.router
-        self._host = node_address()
+        self._host = node_address(settings)
         registry = new_registry()
         self._metrics = RouterMetrics(registry)
         self._exporter = MetricsExporter(

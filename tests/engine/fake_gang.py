@@ -267,7 +267,12 @@ class AsyncFakeGang(FakeGang):
     def __init__(self, limits: EngineLimits, by_itself: bool = False) -> None:
         super().__init__(limits)
         self.by_itself = by_itself
-        self._results: asyncio.Queue[StepResult | GangFailure] = asyncio.Queue()
+        self._results: asyncio.Queue[StepResult | Exception] = asyncio.Queue()
+
+    @property
+    def in_flight(self) -> int:
+        """Steps that have not come back."""
+        return sum(map(len, self._queues))
 
     def submit(self, plan: StepPlan) -> None:
         super().submit(plan)
@@ -276,14 +281,16 @@ class AsyncFakeGang(FakeGang):
 
     def finish(self) -> None:
         """The oldest step comes back."""
-        self._results.put_nowait(self.take_result())
+        try:
+            self._results.put_nowait(self.take_result())
+        except AssertionError as error:
+            self._results.put_nowait(error)
 
     def fail(self, message: str) -> None:
         self._results.put_nowait(GangFailure(message))
 
     async def result(self) -> StepResult:
         result = await self._results.get()
-        await asyncio.sleep(0)  # a result on its way is lost when this call is cancelled here
-        if isinstance(result, GangFailure):
+        if isinstance(result, Exception):
             raise result
         return result

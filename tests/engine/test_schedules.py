@@ -104,15 +104,18 @@ class Engine(RuleBasedStateMachine):
     """The same moves, chosen and simplified by Hypothesis."""
 
     @initialize(
-        stages=st.integers(1, 3),
-        columns=st.integers(1, 2),
-        pages=st.integers(4, 7),
-        step_tokens=st.integers(1, 9),
-        sequences=st.integers(1, 4),
-        prefix_cache=st.booleans(),
+        limits=st.builds(
+            limits,
+            stages=st.integers(1, 3),
+            columns=st.integers(1, 2),
+            pages=st.integers(4, 7),
+            step_tokens=st.integers(1, 9),
+            sequences=st.integers(1, 4),
+            prefix_cache=st.booleans(),
+        )
     )
-    def start(self, **values: int) -> None:
-        self.simulation = Simulation(limits(**values))
+    def start(self, limits: EngineLimits) -> None:
+        self.simulation = Simulation(limits)
 
     @rule(
         family=st.integers(0, 1),
