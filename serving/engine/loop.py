@@ -93,7 +93,8 @@ class EngineLoop:
         """Runs until cancelled.
 
         Raises:
-            GangFailure: the gang is lost; every running request was told so first.
+            GangFailure: the gang is lost, or the engine's own books are; every running request
+                was told so first.
         """
         try:
             while True:
@@ -103,11 +104,18 @@ class EngineLoop:
                     self._scheduler.check_integrity()  # the moment to see a leak
                 await self._next_event()
         except GangFailure as failure:
-            self._failure = failure
-            lost = [Finish(i, FinishReason.ERROR, str(failure)) for i in sorted(self._requests)]
-            self._requests.clear()
-            self._emit(lost)
+            self._give_up(failure)
             raise
+        except Exception as error:  # an engine that has lost count could mix up its requests
+            failure = GangFailure(f"the step loop failed: {type(error).__name__}: {error}")
+            self._give_up(failure)
+            raise failure from error
+
+    def _give_up(self, failure: GangFailure) -> None:
+        self._failure = failure
+        lost = [Finish(i, FinishReason.ERROR, str(failure)) for i in sorted(self._requests)]
+        self._requests.clear()
+        self._emit(lost)
 
     def _launch(self) -> None:
         while len(self._in_flight) < self._scheduler.limits.stages:
@@ -148,3 +156,4 @@ class EngineLoop:
             self._emit(outputs)
         if self._observer is not None:
             self._observer.step_finished(plan, result, self._clock() - started)
+

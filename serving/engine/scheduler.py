@@ -170,17 +170,17 @@ class Scheduler:
     def _continue(self, column: int, plan: RankPlan, budget: int) -> int:
         """Slices for running sequences; returns what is left of the budget.
 
-        With P stages no step takes more than one P-th of a column's sequences, so that there is
-        work for P steps in flight.
+        The sequences that can go on are shared out over the steps that can still be launched,
+        so that with P stages there is work for P steps in flight.
         """
-        running = self._running[column]
-        share = -(-len(running) // self.limits.stages)
-        for sequence in list(running):
+        ready = [each for each in self._running[column] if each.known > each.scheduled]
+        share = -(-len(ready) // max(1, self.limits.stages - len(self._in_flight)))
+        for sequence in ready:
             if budget == 0 or len(plan.slices) == share:
                 break
-            count = min(sequence.known - sequence.scheduled, budget)
-            if count == 0 or sequence.column != column:  # waits for its sample, or just lost
+            if sequence.column != column:  # just lost its pages to a more important one
                 continue
+            count = min(sequence.known - sequence.scheduled, budget)
             count = min(count, self._room(sequence, count))
             if count:
                 self._give(sequence, count, plan)

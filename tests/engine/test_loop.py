@@ -257,8 +257,10 @@ async def test_a_leak_is_seen_when_the_engine_falls_idle() -> None:
         await it.settle()
         it.scheduler._pools[0].take(1)
         it.gang.finish()
-        with pytest.raises(AssertionError, match="held by others"):
+        with pytest.raises(GangFailure, match="held by others"):
             await asyncio.wait_for(it.running, 1)
+        with pytest.raises(GangFailure):
+            it.loop.submit(request("late", [1], 1))
 
 
 async def test_the_loop_can_be_cancelled_in_any_state() -> None:

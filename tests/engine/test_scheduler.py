@@ -180,6 +180,23 @@ def test_a_pipeline_that_sequences_do_not_fill_evenly_starves_nobody(
     simulation.drain()
 
 
+@pytest.mark.parametrize(("stages", "sequences"), [(2, 3), (3, 4), (4, 5), (4, 4), (4, 9)])
+def test_as_many_steps_are_in_flight_as_stages_if_there_are_sequences(
+    stages: int, sequences: int
+) -> None:
+    simulation = Simulation(limits(stages=stages))
+    simulation.add(*(request(str(i), [i], 30) for i in range(sequences)))
+    while simulation.launch():  # the first step admits everybody
+        pass
+    simulation.deliver()
+    for _ in range(5 * stages):
+        while simulation.launch():
+            pass
+        assert simulation.scheduler.steps_in_flight == stages
+        simulation.deliver()
+    simulation.drain()
+
+
 def test_a_prompt_in_chunks_fills_the_pipeline_alone() -> None:
     simulation = Simulation(limits(stages=3, step_tokens=4))
     simulation.add(request("x", prompt(20), 2))
