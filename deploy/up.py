@@ -56,9 +56,7 @@ def ready_line(settings: Settings, status: dict[str, Any]) -> str:
     )
 
 
-def _start(
-    settings: Settings, stopped: threading.Event, console: Console
-) -> dict[str, Any] | None:
+def _start(settings: Settings, stopped: threading.Event, console: Console) -> dict[str, Any] | None:
     """Deploys and waits until `/readyz` says yes; the router's status, or None if stopped."""
     import torch  # noqa: F401  (before Serve: its import takes the longest)
     from ray import serve
@@ -145,4 +143,3 @@ def _stop_signal() -> Iterator[threading.Event]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-

@@ -1,6 +1,6 @@
 """The Serve application: which deployments there are, and how they are bound together.
 
-    import_path: serving.app:build        args: the settings tree of serving/config.py
+import_path: serving.app:build        args: the settings tree of serving/config.py
 """
 
 import secrets

@@ -99,9 +99,7 @@ async def local_engine(
     """
     gang_settings = settings.gang
     secret = secrets.token_bytes(32)
-    gang = Gang(
-        ProcessLauncher(), secret, gang_settings.stages, gang_settings.expert_parallel
-    )
+    gang = Gang(ProcessLauncher(), secret, gang_settings.stages, gang_settings.expert_parallel)
     specs = rank_specs(settings, _LOOPBACK, await gang.listen(_LOOPBACK), device)
     for spec in specs:
         spec.host = _LOOPBACK

@@ -214,5 +214,3 @@ class Engine:
                     channel.send(frame)
             except WireError:
                 log.event("WARNING", "ingress.stalled", ingress=ingress_id)
-
-

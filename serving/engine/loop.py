@@ -107,9 +107,9 @@ class EngineLoop:
             self._give_up(failure)
             raise
         except Exception as error:  # an engine that has lost count could mix up its requests
-            failure = GangFailure(f"the step loop failed: {type(error).__name__}: {error}")
-            self._give_up(failure)
-            raise failure from error
+            broken = GangFailure(f"the step loop failed: {type(error).__name__}: {error}")
+            self._give_up(broken)
+            raise broken from error
 
     def _give_up(self, failure: GangFailure) -> None:
         self._failure = failure
@@ -156,4 +156,3 @@ class EngineLoop:
             self._emit(outputs)
         if self._observer is not None:
             self._observer.step_finished(plan, result, self._clock() - started)
-

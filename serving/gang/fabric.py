@@ -51,9 +51,7 @@ class Fabric(Protocol):
         """`tensor` [size, *out.shape]: `out` becomes the sum of everybody's part for me."""
         ...
 
-    def all_to_all(
-        self, out: Tensor, tensor: Tensor, out_rows: list[int], rows: list[int]
-    ) -> None:
+    def all_to_all(self, out: Tensor, tensor: Tensor, out_rows: list[int], rows: list[int]) -> None:
         """Sends `rows[p]` consecutive rows to each peer p, takes `out_rows[p]` from it."""
         ...
 
@@ -111,9 +109,7 @@ class GlooFabric:
         self._wait(self._start("alltoall_base", parts, tensor, [], []))
         out.copy_(parts.sum(dim=0, dtype=torch.float32))
 
-    def all_to_all(
-        self, out: Tensor, tensor: Tensor, out_rows: list[int], rows: list[int]
-    ) -> None:
+    def all_to_all(self, out: Tensor, tensor: Tensor, out_rows: list[int], rows: list[int]) -> None:
         self._wait(self._start("alltoall_base", out, tensor, out_rows, rows))
 
     def abort(self) -> None:
@@ -201,6 +197,4 @@ def host_store(host: str, timeout_s: float) -> tuple[dist.TCPStore, int]:
 def join_store(host: str, port: int, timeout_s: float) -> dist.TCPStore:
     """A client of `host_store` on another rank."""
     timeout = timedelta(seconds=timeout_s)
-    return dist.TCPStore(
-        host, port, None, is_master=False, timeout=timeout, wait_for_workers=False
-    )
+    return dist.TCPStore(host, port, None, is_master=False, timeout=timeout, wait_for_workers=False)

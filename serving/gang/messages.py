@@ -82,6 +82,4 @@ class RankFailed:
     user_error: bool = False  # the checkpoint or the settings are wrong: a retry is of no use
 
 
-GANG_CODEC = Codec(
-    RankHello, FormGang, LoadProgress, RankReady, RankFailed, RankPlan, RankResult
-)
+GANG_CODEC = Codec(RankHello, FormGang, LoadProgress, RankReady, RankFailed, RankPlan, RankResult)

@@ -66,9 +66,7 @@ class NcclFabric:
         counts = (out.numel(), _kind(out), _NCCL_SUM, _stream())
         self._call("reduceScatter", tensor.data_ptr(), out.data_ptr(), *counts)
 
-    def all_to_all(
-        self, out: Tensor, tensor: Tensor, out_rows: list[int], rows: list[int]
-    ) -> None:
+    def all_to_all(self, out: Tensor, tensor: Tensor, out_rows: list[int], rows: list[int]) -> None:
         self._nccl.groupStart()
         try:
             for peer, part in enumerate(tensor.split(rows)):

@@ -1,6 +1,6 @@
 """Ranks as plain processes of this machine: for offline use and tests, without Ray.
 
-    python -m serving.gang.processes        (RankSpec as JSON on stdin, secret as its hex)
+python -m serving.gang.processes        (RankSpec as JSON on stdin, secret as its hex)
 """
 
 import asyncio

@@ -151,9 +151,7 @@ class _Rendezvous:
         return GlooFabric(store, name, rank, size, self._spec.host, self._spec.step_timeout_s)
 
 
-def _build_worker(
-    spec: RankSpec, fabrics: Fabrics, channel: BlockingChannel
-) -> tuple[Worker, int]:
+def _build_worker(spec: RankSpec, fabrics: Fabrics, channel: BlockingChannel) -> tuple[Worker, int]:
     """Loads the cell's weights and allocates its cache; returns the cache's bytes too."""
     directory = Path(spec.model_directory)
     config = ModelConfig.from_directory(directory)

@@ -117,9 +117,7 @@ class Worker:
     def _inputs(self, plan: RankPlan, rows: int) -> Tensor:
         """Token ids [rows] on the first stage, hidden states [rows, hidden] on the others."""
         if not self._first and self._column is not None:
-            hidden = torch.empty(
-                rows, self._hidden_size, dtype=self._dtype, device=self._device
-            )
+            hidden = torch.empty(rows, self._hidden_size, dtype=self._dtype, device=self._device)
             self._column.recv(hidden, self._cell.stage - 1)
             return hidden
         ids: list[int] = []

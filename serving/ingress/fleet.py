@@ -138,9 +138,7 @@ class EngineStream:
 class FleetClient:
     """Everything an ingress knows of router and engines."""
 
-    def __init__(
-        self, router: Any, secret: bytes, ingress_id: str, metrics_address: str
-    ) -> None:
+    def __init__(self, router: Any, secret: bytes, ingress_id: str, metrics_address: str) -> None:
         self.ingress_id = ingress_id
         self.metrics_addresses: list[str] = []
         self._secret = secret
@@ -149,9 +147,7 @@ class FleetClient:
         self._pending: dict[str, tuple[LeaseRequest, asyncio.Future[str]]] = {}
         self._closing: set[asyncio.Task[None]] = set()
         hello = IngressHello(ingress_id, metrics_address)
-        self._link = RouterLink(
-            router, secret, lambda: hello, self._from_router, self._router_lost
-        )
+        self._link = RouterLink(router, secret, lambda: hello, self._from_router, self._router_lost)
 
     @property
     def ready(self) -> bool:

@@ -69,19 +69,19 @@ def test_reduce_scatter_adds_up_everybodys_part(size: int, dtype: torch.dtype) -
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(2, 3).flatmap(
-    lambda size: st.lists(
-        st.lists(st.integers(0, 4), min_size=size, max_size=size), min_size=size, max_size=size
+@given(
+    st.integers(2, 3).flatmap(
+        lambda size: st.lists(
+            st.lists(st.integers(0, 4), min_size=size, max_size=size), min_size=size, max_size=size
+        )
     )
-))
+)
 def test_all_to_all_takes_rows_where_they_belong(rows: list[list[int]]) -> None:
     size = len(rows)
     fabrics = gloo_group(size)
 
     def run(rank: int) -> torch.Tensor:
-        sent = [
-            torch.full((count, 2), 10.0 * rank + peer) for peer, count in enumerate(rows[rank])
-        ]
+        sent = [torch.full((count, 2), 10.0 * rank + peer) for peer, count in enumerate(rows[rank])]
         taken = [rows[peer][rank] for peer in range(size)]
         out = torch.zeros(sum(taken), 2)
         fabrics[rank].all_to_all(out, torch.cat(sent), taken, rows[rank])
