@@ -4,8 +4,10 @@ import asyncio
 import os
 import platform
 import random
+import sys
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,6 +86,7 @@ def run_bench(settings: Settings, plan: BenchPlan) -> dict[str, Any]:
         "steps": recorder.steps,
         "mean_step_ms": 1e3 * recorder.step_s / max(recorder.steps, 1),
         "stages": {str(s): asdict(t) for s, t in sorted(recorder.stages.items())},
+        "command": " ".join(["expertline", *sys.argv[1:]]),
         "plan": asdict(plan),
         "model": settings.model.served_name,
         "dtype": settings.model.dtype,
@@ -95,11 +98,17 @@ def run_bench(settings: Settings, plan: BenchPlan) -> dict[str, Any]:
 def machine() -> dict[str, Any]:
     """Where a figure was measured."""
     return {
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": _cpu_model(),
         "cpus": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def _cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def show(report: dict[str, Any], console: Console) -> None:

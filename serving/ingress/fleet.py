@@ -82,12 +82,14 @@ class EngineStream:
         ingress_id: str,
         secret: bytes,
         deliver: Callable[[TokenFrame], None],
+        lost: Callable[[set[str]], None],
     ) -> None:
         self.engine = engine
         self.requests: set[str] = set()  # this ingress's own, running there now
         self._ingress_id = ingress_id
         self._secret = secret
         self._deliver = deliver
+        self._lost = lost
         self._channel: Channel | None = None
         self._connected = asyncio.Event()
         self._task = asyncio.create_task(self._run(), name=f"stream-{engine.engine_id}")
@@ -133,6 +135,7 @@ class EngineStream:
                 self._connected.clear()
                 self._channel = None
                 channel.abort()
+                self._lost(self.requests)  # the engine ends them too: it has nobody to tell
 
 
 class FleetClient:
@@ -260,8 +263,14 @@ class FleetClient:
         for engine_id, engine in known.items():
             if engine_id not in self._streams:
                 self._streams[engine_id] = EngineStream(
-                    engine, self.ingress_id, self._secret, self._deliver
+                    engine, self.ingress_id, self._secret, self._deliver, self._stream_lost
                 )
+
+    def _stream_lost(self, request_ids: set[str]) -> None:
+        for request_id in request_ids:
+            inbox = self._inboxes.get(request_id)
+            if inbox is not None and inbox.ended is None:
+                inbox.fail(ApiError(500, "The engine was lost while it served this request."))
 
     def _deliver(self, frame: TokenFrame) -> None:
         for token in frame.tokens:

@@ -26,10 +26,16 @@ def find(server: Server, title: str) -> list[int]:
     return found
 
 
-async def test_a_server_recovers_from_a_dead_rank_and_leaves_nothing_behind() -> None:
+async def test_a_server_outlives_its_router_and_a_rank_and_leaves_nothing_behind() -> None:
     with running_server("--stages", "2", "--cache-tokens", "2048") as server:
         ask = {"model": "nano", "prompt": "def ", "max_tokens": 4, "temperature": 0}
         answer = httpx.post(f"{server.url}/v1/completions", json=ask).json()
+        (router,) = find(server, "ServeReplica:expertline:Router")
+        os.kill(router, signal.SIGKILL)
+        for _ in range(20):  # none fails, whether the router is away or back
+            response = httpx.post(f"{server.url}/v1/completions", json=ask, timeout=30)
+            assert response.json()["choices"][0]["text"] == answer["choices"][0]["text"]
+        await until(lambda: router not in find(server, "Router") and bool(find(server, "Router")))
         (victim, *_) = find(server, "ray::Rank")
         os.kill(victim, signal.SIGKILL)
         await until(lambda: httpx.get(f"{server.url}/readyz").status_code == 503, 10)
