@@ -74,7 +74,16 @@ class Inbox:
 
 
 class EngineStream:
-    """The connection to one engine, kept up for as long as the engine is in the fleet."""
+    """The connection to one engine, kept up for as long as the engine is in the fleet.
+
+    A connection outlives the engine's place in the fleet: a router that has just started knows
+    no engine yet, and an engine that is leaving finishes what it has.
+
+    Args:
+        deliver: called with what the engine sends.
+        lost: called with the requests that a lost connection carried.
+        ended: called when neither a connection nor a place in the fleet is left.
+    """
 
     def __init__(
         self,
@@ -83,23 +92,28 @@ class EngineStream:
         secret: bytes,
         deliver: Callable[[TokenFrame], None],
         lost: Callable[[set[str]], None],
+        ended: Callable[["EngineStream"], None],
     ) -> None:
         self.engine = engine
+        self.listed = True  # has a place in the fleet
         self.requests: set[str] = set()  # this ingress's own, running there now
         self._ingress_id = ingress_id
         self._secret = secret
         self._deliver = deliver
         self._lost = lost
+        self._ended = ended
         self._channel: Channel | None = None
-        self._connected = asyncio.Event()
+        self._settled = asyncio.Event()  # connected, or never to be
         self._task = asyncio.create_task(self._run(), name=f"stream-{engine.engine_id}")
 
     @property
     def connected(self) -> bool:
-        return self._connected.is_set()
+        return self._channel is not None
 
-    async def opened(self) -> None:
-        await self._connected.wait()
+    async def opened(self) -> bool:
+        """Waits for the connection; False if it will not come."""
+        await self._settled.wait()
+        return self.connected
 
     def cancel(self, request_id: str) -> None:
         """Tells the engine that nobody waits for a request; a lost engine knows anyway."""
@@ -109,33 +123,43 @@ class EngineStream:
             except WireError:
                 return
 
-    async def close(self) -> None:
+    def stop(self) -> None:
         self._task.cancel()
+
+    async def close(self) -> None:
+        self.stop()
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
-        while True:
-            try:
-                channel = await connect(
-                    self.engine.host, self.engine.port, self._secret, STREAM_CODEC
-                )
-            except WireError:
-                await asyncio.sleep(_RECONNECT_S)
-                continue
-            try:
-                channel.send(StreamHello(self._ingress_id))
-                await channel.receive()  # the engine's echo: it knows this stream now
-                self._channel = channel
-                self._connected.set()
-                while True:
-                    self._deliver(await channel.receive())
-            except WireError:
-                log.event("INFO", "stream.lost", engine=self.engine.engine_id)
-            finally:
-                self._connected.clear()
-                self._channel = None
-                channel.abort()
-                self._lost(self.requests)  # the engine ends them too: it has nobody to tell
+        try:
+            while self.listed:
+                try:
+                    channel = await connect(
+                        self.engine.host, self.engine.port, self._secret, STREAM_CODEC
+                    )
+                except WireError:
+                    await asyncio.sleep(_RECONNECT_S)
+                    continue
+                await self._serve(channel)
+        finally:
+            self._settled.set()
+            self._ended(self)
+
+    async def _serve(self, channel: Channel) -> None:
+        try:
+            channel.send(StreamHello(self._ingress_id))
+            await channel.receive()  # the engine's echo: it knows this stream now
+            self._channel = channel
+            self._settled.set()
+            while True:
+                self._deliver(await channel.receive())
+        except WireError:
+            log.event("INFO", "stream.lost", engine=self.engine.engine_id)
+        finally:
+            self._settled.clear()
+            self._channel = None
+            channel.abort()
+            self._lost(self.requests)  # the engine ends them too: it has nobody to tell
 
 
 class FleetClient:
@@ -148,7 +172,7 @@ class FleetClient:
         self._streams: dict[str, EngineStream] = {}
         self._inboxes: dict[str, Inbox] = {}
         self._pending: dict[str, tuple[LeaseRequest, asyncio.Future[str]]] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._held: set[str] = set()  # requests with a lease, or a place in the router's queue
         hello = IngressHello(ingress_id, metrics_address)
         self._link = RouterLink(router, secret, lambda: hello, self._from_router, self._router_lost)
 
@@ -176,6 +200,7 @@ class FleetClient:
         """
         future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._pending[request.request_id] = (request, future)
+        self._held.add(request.request_id)
         try:
             try:
                 self._link.send(request)
@@ -191,27 +216,31 @@ class FleetClient:
     def close_request(self, request_id: str, engine_id: str | None, finished: bool) -> None:
         """Ends all that was held for a request; cancels it unless it has finished."""
         self._inboxes.pop(request_id, None)
-        stream = self._streams.get(engine_id) if engine_id else None
-        if stream is not None:
+        for stream in self._streams.values():
             stream.requests.discard(request_id)
-            if not finished:
-                stream.cancel(request_id)
+        if not finished and engine_id in self._streams:
+            self._streams[engine_id].cancel(request_id)
+        self._release(request_id)
+
+    async def close(self) -> None:
+        await self._link.close()
+        for stream in list(self._streams.values()):
+            await stream.close()
+
+    def _release(self, request_id: str) -> None:
+        if request_id not in self._held:
+            return
+        self._held.discard(request_id)
         try:
             self._link.send(LeaseRelease(request_id))
         except WireError:
             return  # a new router starts with no leases
 
-    async def close(self) -> None:
-        await self._link.close()
-        for stream in self._streams.values():
-            await stream.close()
-
     async def _opened(self, engine_id: str, timeout_s: float) -> EngineStream:
         stream = self._streams.get(engine_id)
         try:
             async with asyncio.timeout(timeout_s):
-                if stream is not None:
-                    await stream.opened()
+                if stream is not None and await stream.opened():
                     return stream
         except TimeoutError:
             log.event("WARNING", "stream.unreachable", engine=engine_id)
@@ -232,9 +261,7 @@ class FleetClient:
 
     def _resolve(self, request_id: str, engine_id: str) -> None:
         pending = self._pending.get(request_id)
-        if pending is None:  # the client left while the grant was on its way
-            self.close_request(request_id, None, finished=True)
-        elif not pending[1].done():
+        if pending is not None and not pending[1].done():
             pending[1].set_result(engine_id)
 
     def _router_lost(self) -> None:
@@ -251,20 +278,31 @@ class FleetClient:
             )
             return
         best = min(open_streams, key=lambda stream: len(stream.requests))
+        best.requests.add(request.request_id)
         future.set_result(best.engine.engine_id)
 
     def _update(self, fleet: Fleet) -> None:
         self.metrics_addresses = fleet.metrics_addresses
         known = {engine.engine_id: engine for engine in fleet.engines}
-        for engine_id in [key for key in self._streams if key not in known]:
-            task = asyncio.create_task(self._streams.pop(engine_id).close())
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+        for stream in list(self._streams.values()):
+            stream.listed = stream.engine.engine_id in known
+            if not (stream.listed or stream.connected):
+                self._forget(stream)
         for engine_id, engine in known.items():
             if engine_id not in self._streams:
                 self._streams[engine_id] = EngineStream(
-                    engine, self.ingress_id, self._secret, self._deliver, self._stream_lost
+                    engine,
+                    self.ingress_id,
+                    self._secret,
+                    self._deliver,
+                    self._stream_lost,
+                    self._forget,
                 )
+
+    def _forget(self, stream: EngineStream) -> None:
+        if self._streams.get(stream.engine.engine_id) is stream:
+            del self._streams[stream.engine.engine_id]
+        stream.stop()
 
     def _stream_lost(self, request_ids: set[str]) -> None:
         for request_id in request_ids:
@@ -277,7 +315,10 @@ class FleetClient:
             inbox = self._inboxes.get(token.request_id)
             if inbox is not None:
                 inbox.push(token)
+            if token.finish is not None:
+                self._release(token.request_id)
         for finish in frame.ended:
+            self._release(finish.request_id)
             inbox = self._inboxes.get(finish.request_id)
             if inbox is not None:
                 inbox.end(finish)

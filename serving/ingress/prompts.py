@@ -111,5 +111,5 @@ class Prompts:
                 return self.tokenizer.encode_pieces(pieces)
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._pool, self.tokenizer.encode_pieces, pieces)
-        except (UnicodeEncodeError, TypeError) as error:
+        except ValueError as error:
             raise ApiError(400, "The text is not valid Unicode.", param) from error

@@ -1,6 +1,6 @@
 """Requests that wait for an engine: by priority, then in turn among tenants, bounded."""
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from dataclasses import dataclass
 
 from serving.fleet import LeaseRequest
@@ -14,7 +14,6 @@ class Waiting:
     ingress_id: str
     since: float
     deadline: float
-    gone: bool = False  # answered or cancelled; skipped when its turn comes
 
 
 class FairQueue:
@@ -22,47 +21,52 @@ class FairQueue:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._tenants: dict[int, OrderedDict[str, deque[Waiting]]] = {}
+        # priority → tenant, whose turn it is first → request id, oldest first
+        self._lines: dict[int, OrderedDict[str, OrderedDict[str, Waiting]]] = {}
         self._by_id: dict[str, Waiting] = {}
 
     def __len__(self) -> int:
         return len(self._by_id)
 
     @property
-    def full(self) -> bool:
-        return len(self._by_id) >= self._limit
+    def overfull(self) -> bool:
+        """Whether the last one to come must be refused."""
+        return len(self._by_id) > self._limit
 
     def push(self, waiting: Waiting) -> None:
-        tenants = self._tenants.setdefault(waiting.request.priority, OrderedDict())
-        tenants.setdefault(waiting.request.tenant, deque()).append(waiting)
-        self._by_id[waiting.request.request_id] = waiting
+        """Takes the last place of its tenant; gives up the one that the same request had."""
+        request = waiting.request
+        self.drop(request.request_id)
+        tenants = self._lines.setdefault(request.priority, OrderedDict())
+        tenants.setdefault(request.tenant, OrderedDict())[request.request_id] = waiting
+        self._by_id[request.request_id] = waiting
 
     def head(self) -> Waiting | None:
         """Whose turn it is; stays in the queue until `take`."""
-        for priority in sorted(self._tenants):
-            tenants = self._tenants[priority]
-            while tenants:
-                tenant, queue = next(iter(tenants.items()))
-                while queue and queue[0].gone:
-                    queue.popleft()
-                if queue:
-                    return queue[0]
-                del tenants[tenant]
-            del self._tenants[priority]
-        return None
+        if not self._lines:
+            return None
+        first_tenant = next(iter(self._lines[min(self._lines)].values()))
+        return next(iter(first_tenant.values()))
 
     def take(self, waiting: Waiting) -> None:
         """Removes the head and gives the next turn to another tenant."""
-        tenants = self._tenants[waiting.request.priority]
-        tenants[waiting.request.tenant].popleft()
-        tenants.move_to_end(waiting.request.tenant)
-        del self._by_id[waiting.request.request_id]
+        self.drop(waiting.request.request_id)
+        tenants = self._lines.get(waiting.request.priority, OrderedDict())
+        if waiting.request.tenant in tenants:
+            tenants.move_to_end(waiting.request.tenant)
 
     def drop(self, request_id: str) -> Waiting | None:
         """Removes a request wherever it stands; None if it is not here."""
         waiting = self._by_id.pop(request_id, None)
-        if waiting is not None:
-            waiting.gone = True
+        if waiting is None:
+            return None
+        priority, tenant = waiting.request.priority, waiting.request.tenant
+        tenants = self._lines[priority]
+        del tenants[tenant][request_id]
+        if not tenants[tenant]:
+            del tenants[tenant]
+        if not tenants:
+            del self._lines[priority]
         return waiting
 
     def expired(self, now: float) -> list[Waiting]:

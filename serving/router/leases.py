@@ -49,12 +49,19 @@ class LeaseBook:
     engines: dict[str, EngineView] = field(default_factory=dict)
     leases: dict[str, Lease] = field(default_factory=dict)
 
-    def join(self, hello: EngineHello) -> None:
-        self.engines[hello.engine_id] = EngineView(hello)
+    def join(self, hello: EngineHello) -> EngineView:
+        """An engine is here; if it was before, it has connected anew and keeps its leases."""
+        known = self.engines.get(hello.engine_id)
+        view = EngineView(hello, reserved_tokens=known.reserved_tokens if known else 0)
+        self.engines[hello.engine_id] = view
+        return view
 
-    def leave(self, engine_id: str) -> None:
-        """The engine is gone; leases on it are void."""
-        self.engines.pop(engine_id, None)
+    def leave(self, view: EngineView) -> None:
+        """The engine is gone, unless it has connected anew; leases on it are void."""
+        engine_id = view.hello.engine_id
+        if self.engines.get(engine_id) is not view:
+            return
+        del self.engines[engine_id]
         self.index.forget(engine_id)
         for request_id in [k for k, v in self.leases.items() if v.engine_id == engine_id]:
             del self.leases[request_id]
@@ -69,6 +76,7 @@ class LeaseBook:
         longest = max((v.hello.max_request_tokens for v in self.engines.values()), default=total)
         if total > longest:
             raise NeverFits(f"prompt and output of {total} tokens exceed the limit of {longest}")
+        self.release(request.request_id)  # asked for twice, held once
         need = request.prompt_tokens + min(request.max_tokens, self.expected_output_tokens)
         engine = self._cheapest(request, need, total)
         if engine is None:

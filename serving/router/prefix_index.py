@@ -27,7 +27,7 @@ class PrefixIndex:
 
     def record(self, page_hashes: Sequence[bytes], engine: str) -> None:
         """The engine has been given a prompt with these pages."""
-        for page in page_hashes[: self._capacity]:
+        for page in reversed(page_hashes[: self._capacity]):  # without its first, none is found
             self._engines[page] = engine
             self._engines.move_to_end(page)
         while len(self._engines) > self._capacity:

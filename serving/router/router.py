@@ -98,31 +98,34 @@ class Router:
 
     async def _serve_loading(self, loading: EngineLoading, channel: Channel) -> None:
         """An engine reads its weights; on the same connection it says hello when it is done."""
+        engine_id, message = loading.engine_id, loading
         try:
-            while isinstance(loading, EngineLoading):
-                self._loading[loading.engine_id] = loading
-                last, loading = loading, await channel.receive()
+            while isinstance(message, EngineLoading):
+                self._loading[engine_id] = message
+                self._publish()
+                message = await channel.receive()
         finally:
-            self._loading.pop(last.engine_id, None)
-        if isinstance(loading, EngineHello):
-            await self._serve_engine(loading, channel)
+            self._loading.pop(engine_id, None)
+            self._publish()
+        if isinstance(message, EngineHello):
+            await self._serve_engine(message, channel)
 
     async def _serve_engine(self, hello: EngineHello, channel: Channel) -> None:
-        self._book.join(hello)
+        view = self._book.join(hello)
         self._fleet_changed()
         log.event("INFO", "engine.joined", engine=hello.engine_id, tokens=hello.total_tokens)
         try:
             while True:
                 report = await channel.receive()
                 if isinstance(report, EngineReport):
-                    self._book.engines[hello.engine_id].stats = report.stats
+                    view.stats = report.stats
         finally:
-            self._book.leave(hello.engine_id)
+            self._book.leave(view)
             self._fleet_changed()
             log.event("INFO", "engine.left", engine=hello.engine_id)
 
     async def _serve_ingress(self, hello: IngressHello, channel: Channel) -> None:
-        self._ingresses[hello.ingress_id] = _Ingress(hello, channel)
+        entry = self._ingresses[hello.ingress_id] = _Ingress(hello, channel)
         self._fleet_changed()
         try:
             while True:
@@ -134,21 +137,22 @@ class Router:
                         self._book.release(release.request_id)
                         self._grant()
         finally:
-            del self._ingresses[hello.ingress_id]
-            for request_id in self._queue.of_ingress(hello.ingress_id):
-                self._queue.drop(request_id)
-            self._book.release_ingress(hello.ingress_id)
-            self._fleet_changed()
+            if self._ingresses.get(hello.ingress_id) is entry:  # it has not connected anew
+                del self._ingresses[hello.ingress_id]
+                for request_id in self._queue.of_ingress(hello.ingress_id):
+                    self._queue.drop(request_id)
+                self._book.release_ingress(hello.ingress_id)
+                self._fleet_changed()
 
     def _enqueue(self, request: LeaseRequest, ingress_id: str) -> None:
         now = time.monotonic()
         wait = min(max(request.deadline_s, 0.0), self._settings.queue_timeout_s)
         waiting = Waiting(request, ingress_id, now, now + wait)
-        if self._queue.full:
-            self._refuse(waiting, 429, "the server's queue is full; try again later", "full")
-            return
         self._queue.push(waiting)
         self._grant()
+        if self._queue.overfull:
+            self._queue.drop(request.request_id)
+            self._refuse(waiting, 429, "the server's queue is full; try again later", "full")
 
     def _grant(self) -> None:
         """Gives leases in the queue's order for as long as there is room."""
