@@ -1,0 +1,188 @@
+"""The engine's side of a gang, with ranks that are tasks of the test."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+
+from serving import wire
+from serving.engine.loop import GangFailure
+from serving.engine.plan import RankPlan, RankResult, StepPlan
+from serving.gang.gang import Gang, GangStartError
+from serving.gang.messages import (
+    GANG_CODEC,
+    FormGang,
+    LoadProgress,
+    RankFailed,
+    RankHello,
+    RankReady,
+    RankSpec,
+)
+from serving.wire import Channel
+from tests.waiting import until
+
+SECRET = b"a secret of the test"
+HOST = "127.0.0.1"
+
+
+def spec(stage: int, rank: int, port: int) -> RankSpec:
+    return RankSpec(
+        stage, rank, 2, 1, "", "float32", "cpu", "gather", 8, 1, HOST, port, HOST, 5, 5, "", "INFO"
+    )
+
+
+@dataclass
+class TaskLauncher:
+    """Ranks that speak the protocol and compute nothing; `fate` says how one of them fails."""
+
+    fate: str = ""
+    channels: dict[int, Channel] = field(default_factory=dict)
+    formed: list[FormGang] = field(default_factory=list)
+    plans: list[tuple[int, RankPlan]] = field(default_factory=list)
+    stopped: bool = False
+    _tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+    async def launch(self, specs: list[RankSpec], secret: bytes) -> None:
+        self._tasks = [asyncio.create_task(self._live(each, secret)) for each in specs]
+
+    async def watch(self) -> str:
+        if self.fate == "never starts":
+            return "rank process 1 ended with code 1"
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def stop(self) -> None:
+        self.stopped = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _live(self, mine: RankSpec, secret: bytes) -> None:
+        if self.fate == "never starts":
+            return
+        channel = await wire.connect(HOST, mine.engine_port, secret, GANG_CODEC)
+        self.channels[mine.stage] = channel
+        offer = {f"stage{mine.stage}": bytes([mine.stage])}
+        channel.send(RankHello(mine.stage, mine.rank, 1, f"metrics{mine.stage}", offer))
+        self.formed.append(await channel.receive())
+        channel.send(LoadProgress(mine.stage, mine.rank, 50, 100))
+        if mine.stage == 1 and self.fate == "bad checkpoint":
+            channel.send(RankFailed(1, 0, "shard 3 is truncated", user_error=True))
+        elif mine.stage == 1 and self.fate == "dies":
+            channel.abort()
+        elif mine.stage == 0 or self.fate != "hangs":
+            channel.send(RankReady(mine.stage, mine.rank, 0.1, 1000))
+        while True:
+            self.plans.append((mine.stage, await channel.receive()))
+
+
+@asynccontextmanager
+async def started(launcher: TaskLauncher, timeout_s: float = 5) -> AsyncIterator[Gang]:
+    gang = Gang(launcher, SECRET, 2, 1)
+    port = await gang.listen(HOST)
+    seen: list[tuple[int, int]] = []
+    await gang.start(
+        [spec(0, 0, port), spec(1, 0, port)], timeout_s, lambda *done: seen.append(done)
+    )
+    assert seen[-1] == (100, 200)
+    try:
+        yield gang
+    finally:
+        await gang.stop()
+
+
+def finish(launcher: TaskLauncher, step: int) -> None:
+    for stage, channel in launcher.channels.items():
+        channel.send(RankResult(step, stage, 0))
+
+
+def plan(step: int) -> StepPlan:
+    return StepPlan(step, [RankPlan(step, [1])])
+
+
+async def test_all_ranks_get_everybodys_offers_and_then_the_plans() -> None:
+    launcher = TaskLauncher()
+    async with started(launcher) as gang:
+        assert [form.offers for form in launcher.formed] == [{"stage0": b"\0", "stage1": b"\1"}] * 2
+        assert gang.metrics_addresses == ["metrics0", "metrics1"]
+        gang.submit(plan(1))
+        await until(lambda: len(launcher.plans) == 2)
+        finish(launcher, 1)
+        result = await gang.result()
+        assert result.step == 1
+        assert sorted(rank.stage for rank in result.ranks) == [0, 1]
+    assert launcher.stopped
+
+
+async def test_a_step_is_finished_when_all_ranks_have_answered() -> None:
+    launcher = TaskLauncher()
+    async with started(launcher) as gang:
+        launcher.channels[0].send(RankResult(1, 0, 0))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(gang.result(), 0.2)
+        launcher.channels[1].send(RankResult(1, 1, 0))
+        assert (await asyncio.wait_for(gang.result(), 5)).step == 1
+
+
+async def test_cancelling_a_wait_loses_no_step() -> None:
+    launcher = TaskLauncher()
+    async with started(launcher) as gang:
+        for step in range(1, 40):
+            waiting = asyncio.ensure_future(gang.result())
+            finish(launcher, step)
+            for _ in range(step % 13):  # cancel at every turn of the event loop
+                await asyncio.sleep(0)
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+            got = waiting.result() if not waiting.cancelled() else await gang.result()
+            assert got.step == step
+
+
+async def test_a_rank_that_dies_fails_the_gang_after_what_it_finished() -> None:
+    launcher = TaskLauncher()
+    async with started(launcher) as gang:
+        finish(launcher, 1)
+        await launcher.channels[1].close()
+        assert (await gang.result()).step == 1
+        with pytest.raises(GangFailure, match=r"rank 1\.0 is gone"):
+            await asyncio.wait_for(gang.result(), 5)
+        gang.submit(plan(2))  # harmless: the failure has been told
+
+
+FATES = {
+    "bad checkpoint": ("shard 3 is truncated", True),
+    "dies": (r"rank 1\.0 is gone", False),
+    "hangs": ("not ready after 0.5 s", False),
+    "never starts": ("ended with code 1", False),
+}
+
+
+@pytest.mark.parametrize(("fate", "message", "user_error"), [(k, *v) for k, v in FATES.items()])
+async def test_a_start_that_fails_says_why_and_stops_all_ranks(
+    fate: str, message: str, user_error: bool
+) -> None:
+    launcher = TaskLauncher(fate)
+    with pytest.raises(GangStartError, match=message) as caught:
+        async with started(launcher, timeout_s=0.5):
+            raise AssertionError("it must not start")
+    assert caught.value.user_error is user_error
+    assert launcher.stopped
+
+
+async def test_a_stranger_on_the_gangs_port_changes_nothing() -> None:
+    launcher = TaskLauncher()
+    gang = Gang(launcher, SECRET, 2, 1)
+    port = await gang.listen(HOST)
+    _, writer = await asyncio.open_connection(HOST, port)
+    writer.write(b"GET / HTTP/1.1\r\n\r\n")
+    await gang.start([spec(0, 0, port), spec(1, 0, port)], 5)
+    double = await wire.connect(HOST, port, SECRET, GANG_CODEC)
+    double.send(RankHello(0, 0, 1, ""))
+    with pytest.raises(wire.WireError):
+        await asyncio.wait_for(double.receive(), 5)
+    finish(launcher, 1)
+    assert (await gang.result()).step == 1
+    writer.close()
+    await gang.stop()
