@@ -149,6 +149,7 @@ def loadtest(
     duration: Annotated[float | None, typer.Option(min=0.1, help="or after seconds")] = None,
     max_tokens: Annotated[int, typer.Option(min=1)] = 64,
     endpoint: Annotated[Endpoint, typer.Option()] = "completions",
+    fim_share: Annotated[float, typer.Option(help="completions with a suffix, 0 to 1")] = 0.0,
     seed: Annotated[int, typer.Option()] = 0,
     json_path: Annotated[Path | None, typer.Option("--json", help="write the report here")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY")] = None,
@@ -167,6 +168,7 @@ def loadtest(
             max_tokens=max_tokens,
             endpoint=endpoint,
             seed=seed,
+            fim_share=fim_share,
             api_key=api_key,
         )
     except LoadError as error:

@@ -38,6 +38,7 @@ class LoadPlan:
         duration_s: arrivals stop after this time; either this or `requests` is given.
         requests: arrivals stop after so many.
         max_tokens: bound of every answer.
+        fim_share: how many of the completions are fill-in-the-middle, 0 to 1.
         timeout_s: a request that takes longer, from its sending, has failed.
     """
 
@@ -49,6 +50,7 @@ class LoadPlan:
     max_tokens: int = 64
     endpoint: Endpoint = "completions"
     seed: int = 0
+    fim_share: float = 0.0
     api_key: str | None = field(default=None, repr=False)
     timeout_s: float = 300.0
 
@@ -62,6 +64,8 @@ class LoadPlan:
         amounts = (self.rate, self.duration_s, self.requests, self.max_tokens, self.timeout_s)
         if any(amount is not None and not 0 < amount < float("inf") for amount in amounts):
             raise LoadError("rate, duration, requests, tokens and timeout must be positive")
+        if not 0 <= self.fim_share <= 1:
+            raise LoadError("the fill-in-the-middle share lies between 0 and 1")
         expected = self.requests or self.rate * (self.duration_s or 0.0)
         if expected > MAX_REQUESTS:
             raise LoadError(f"{expected:.0f} requests are more than {MAX_REQUESTS}")
@@ -123,7 +127,7 @@ class _Run:
         self._plan = plan
         self._model = model
         self._client = client
-        self._workload = Workload(plan.seed, plan.endpoint)
+        self._workload = Workload(plan.seed, plan.endpoint, plan.fim_share)
         self._url = f"{plan.base_url}/{_PATHS[plan.endpoint]}"
         self._due = plan.arrivals()
         self._in_flight: set[asyncio.Task[None]] = set()

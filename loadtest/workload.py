@@ -51,10 +51,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Workload:
-    """The prompts of one run; those of `completions` are plain or fill-in-the-middle, by halves."""
+    """The prompts of one run.
+
+    Of those of `completions`, `fim_share` (0 to 1) are fill-in-the-middle: a prompt and a suffix,
+    which not every server takes.
+    """
 
     seed: int
     endpoint: Endpoint
+    fim_share: float = 0.0
 
     def prompt(self, number: int) -> Prompt:
         """The prompt of the request with this number, always the same one."""
@@ -64,7 +69,7 @@ class Workload:
         code = _excerpt(source, int(min(max(length, MIN_CHARACTERS), MAX_CHARACTERS)), rng)
         if self.endpoint == "chat":
             return Prompt("chat", f"{rng.choice(_QUESTIONS)}\n\n```python\n{code}\n```")
-        if rng.random() < 0.5:
+        if rng.random() >= self.fim_share:
             return Prompt("completion", code)
         hole = int(len(code) * (1 - SUFFIX_SHARE))
         return Prompt("fim", code[:hole], code[hole + HOLE_CHARACTERS :])

@@ -13,12 +13,17 @@ def test_a_prompt_depends_on_seed_and_number_alone():
 
 
 def test_completions_are_plain_and_fill_in_the_middle():
-    prompts = [Workload(0, "completions").prompt(number) for number in range(100)]
+    prompts = [Workload(0, "completions", fim_share=0.5).prompt(number) for number in range(100)]
     assert 30 < sum(prompt.kind == "fim" for prompt in prompts) < 70
     for prompt in prompts:
         assert (prompt.suffix is not None) == (prompt.kind == "fim") == ("suffix" in prompt.body())
         assert len(prompt.text) <= MAX_CHARACTERS
         assert prompt.text.strip()
+
+
+def test_completions_are_plain_unless_told_otherwise():
+    prompts = [Workload(0, "completions").prompt(number) for number in range(20)]
+    assert {prompt.kind for prompt in prompts} == {"completion"}
 
 
 def test_chats_are_questions_about_code():
