@@ -16,11 +16,13 @@ class Delta:
 
     text: str = ""
     tokens: list[TokenOutput] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)  # characters of the choice before each token
     finish_reason: str | None = None
 
     def add(self, other: "Delta") -> None:
         self.text += other.text
         self.tokens.extend(other.tokens)
+        self.offsets.extend(other.offsets)
         self.finish_reason = other.finish_reason
 
 
@@ -74,8 +76,8 @@ class Answer(ABC):
         """A choice's part in a chunk."""
 
     @abstractmethod
-    def logprobs(self, tokens: Sequence[TokenOutput], offset: int) -> dict[str, Any]:
-        """Log-probabilities of tokens; `offset`: characters of the choice before them."""
+    def logprobs(self, delta: Delta) -> dict[str, Any]:
+        """Log-probabilities of a delta's tokens."""
 
     def _text(self, token: int) -> str:
         return self._tokenizer.decode([token], skip_special=False)
@@ -97,20 +99,15 @@ class CompletionAnswer(Answer):
 
     piece = choice
 
-    def logprobs(self, tokens: Sequence[TokenOutput], offset: int) -> dict[str, Any]:
-        texts = [self._text(output.token) for output in tokens]
-        offsets = []
-        for text in texts:
-            offsets.append(offset)
-            offset += len(text)
+    def logprobs(self, delta: Delta) -> dict[str, Any]:
         return {
-            "tokens": texts,
-            "token_logprobs": [output.logprob for output in tokens],
+            "tokens": [self._text(output.token) for output in delta.tokens],
+            "token_logprobs": [output.logprob for output in delta.tokens],
             "top_logprobs": [
                 {self._text(token): value for token, value in reversed(output.top)}
-                for output in tokens
+                for output in delta.tokens
             ],
-            "text_offset": offsets,
+            "text_offset": delta.offsets,
         }
 
 
@@ -142,8 +139,8 @@ class ChatAnswer(Answer):
             "finish_reason": delta.finish_reason,
         }
 
-    def logprobs(self, tokens: Sequence[TokenOutput], offset: int) -> dict[str, Any]:
-        return {"content": [self._token(output) for output in tokens], "refusal": None}
+    def logprobs(self, delta: Delta) -> dict[str, Any]:
+        return {"content": [self._token(output) for output in delta.tokens], "refusal": None}
 
     def _token(self, output: TokenOutput) -> dict[str, Any]:
         entry = self._entry(output.token, output.logprob)

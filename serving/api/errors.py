@@ -3,6 +3,7 @@
 A message never repeats the client's input and never names a file of the server.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import Request
@@ -10,14 +11,13 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 _TYPES = {
-    400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
-    413: "invalid_request_error",
     429: "rate_limit_error",
 }
 _MAX_MESSAGE = 1000
+_MAX_PATH = 100
 
 
 class ApiError(Exception):
@@ -50,11 +50,15 @@ class ApiError(Exception):
         return {
             "error": {
                 "message": self.message,
-                "type": _TYPES.get(self.status, "server_error"),
+                "type": _TYPES.get(self.status, self._type),
                 "param": self.param,
                 "code": self.code,
             }
         }
+
+    @property
+    def _type(self) -> str:
+        return "server_error" if self.status >= 500 else "invalid_request_error"
 
     def response(self) -> JSONResponse:
         headers = {}
@@ -70,7 +74,18 @@ async def on_api_error(request: Request, error: Exception) -> JSONResponse:
 
 async def on_http_exception(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    return ApiError(error.status_code, str(error.detail)).response()
+    response = ApiError(error.status_code, str(error.detail)).response()
+    response.headers.update(error.headers or {})
+    return response
+
+
+def server_fault() -> ApiError:
+    """For an exception that nobody expected; it goes to the log and not to the client."""
+    return ApiError(500, "The server failed to answer this request.")
+
+
+async def on_exception(request: Request, error: Exception) -> JSONResponse:
+    return server_fault().response()
 
 
 def validation_error(details: Any) -> ApiError:
@@ -78,11 +93,18 @@ def validation_error(details: Any) -> ApiError:
     first = details[0]
     if first["type"] == "json_invalid":
         return ApiError(400, "The body is not valid JSON.")
-    name = str(first["loc"][0])[:100] if first["loc"] else None
-    if name is None:
+    if not first["loc"]:
         return ApiError(400, f"Invalid body: {first['msg']}.")
+    path = _path(first["loc"])
     if first["type"] == "extra_forbidden":
-        return ApiError(400, f"Unrecognized request argument supplied: {name}", name)
+        return ApiError(400, f"Unrecognized request argument supplied: {path}", path)
     if first["type"] == "missing":
-        return ApiError(400, f"Missing required parameter: '{name}'.", name)
+        return ApiError(400, f"Missing required parameter: '{path}'.", path)
+    name = first["loc"][0]  # what lies below may be a key or an index that the client chose
     return ApiError(400, f"Invalid value for '{name}': {first['msg']}.", name)
+
+
+def _path(loc: Sequence[str | int]) -> str:
+    """A place in the body as OpenAI writes it: messages[0].content."""
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
+    return "".join(parts).lstrip(".")[:_MAX_PATH]

@@ -5,6 +5,7 @@ OpenAI's schema that cannot be honoured here is refused too, by `Refused`: nothi
 unless it has no effect on the answer.
 """
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -15,6 +16,7 @@ MAX_STOP_STRINGS = 4
 MAX_STOP_LENGTH = 256
 MAX_LISTED_IDS = 1024
 
+_TOKEN_ID = re.compile(r"[0-9]{1,10}")
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -74,7 +76,7 @@ class Sampling(_Strict):
     @field_validator("logit_bias")
     @classmethod
     def _token_ids(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
-        if bias is not None and not all(k.isascii() and k.isdigit() for k in bias):
+        if bias is not None and not all(map(_TOKEN_ID.fullmatch, bias)):
             raise ValueError("keys must be token ids")
         return bias
 

@@ -36,7 +36,7 @@ from serving.router.link import RouterLink
 from serving.specs import engine_limits, rank_specs
 from serving.telemetry.exporter import MetricsExporter
 from serving.telemetry.logs import get_logger, setup_logging
-from serving.telemetry.metrics import EngineMetrics, new_registry
+from serving.telemetry.metrics import EngineMetrics, count_tasks, new_registry
 from serving.telemetry.observer import StepObserver
 from serving.wire import Channel, ChannelServer, WireError
 
@@ -55,6 +55,7 @@ class Engine:
         self._settings = settings
         self._host = node_address(settings)
         registry = new_registry()
+        count_tasks(registry, asyncio.get_running_loop())
         self._exporter = MetricsExporter(
             registry,
             self._host,

@@ -10,6 +10,8 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from starlette.requests import ClientDisconnect
+
 from model.tokenizer import Detokenizer, Tokenizer
 from serving.api.answers import Delta
 from serving.api.errors import ApiError
@@ -46,6 +48,7 @@ class Generation:
         self._metrics = metrics
         self._queue_timeout_s = queue_timeout_s
         self._detokenizer = Detokenizer(tokenizer)
+        self._characters = 0  # of text so far, shown or not
         self._stops = StopStrings(stops)
         self._inbox: Inbox | None = None
         self._engine_id: str | None = None
@@ -82,7 +85,8 @@ class Generation:
             self._call.cancel()
         self._metrics.released()
         self._metrics.prompt(self.stats.prompt_tokens, self.stats.cached_tokens)
-        if not (self._finished or self._stopped) and exc_info[0] is asyncio.CancelledError:
+        gone = exc_info[0] in (asyncio.CancelledError, ClientDisconnect)
+        if gone and not (self._finished or self._stopped):
             self._metrics.disconnected("prefill" if self._last_token is None else "decode")
 
     async def deltas(self) -> AsyncIterator[Delta]:
@@ -101,23 +105,25 @@ class Generation:
             yield self._delta(tokens)
 
     def _delta(self, tokens: list[TokenOutput]) -> Delta:
-        delta = Delta("", tokens)
-        for position, output in enumerate(tokens):
+        delta = Delta()
+        for output in tokens:
             self.stats.generated_tokens += 1
-            ending = output.finish is FinishReason.STOP
-            text = "" if ending else self._detokenizer.push(output.token)
-            shown, stopped = self._stops.push(text)
-            delta.text += shown
-            if stopped:
-                delta.tokens = tokens[: position + 1]
-                delta.finish_reason = "stop"
-                self._stopped = True  # by a string: the engine does not know, leaving tells it
-                return delta
             if output.finish is not None:
                 self.stats = output.stats or self.stats
+                self._finished = True
+            ending = output.finish is FinishReason.STOP
+            text = "" if ending else self._detokenizer.push(output.token)
+            delta.tokens.append(output)
+            delta.offsets.append(self._characters)
+            self._characters += len(text)
+            shown, self._stopped = self._stops.push(text)
+            delta.text += shown
+            if self._stopped:  # by a string: the engine does not know, leaving tells it
+                delta.finish_reason = "stop"
+                break
+            if output.finish is not None:
                 delta.text += self._last_words()
                 delta.finish_reason = str(output.finish)
-                self._finished = True
         return delta
 
     def _last_words(self) -> str:
@@ -145,9 +151,11 @@ class Generation:
         """Keeps the unary call open; its failure is the request's failure."""
         handle = self._engines.options(session_id=engine_id)
         call = GenerateCall.of(self._fleet.ingress_id, self.request)
+        response = handle.generate.remote(call)
         try:
-            refusal = await handle.generate.remote(call)
+            refusal = await response
         except asyncio.CancelledError:
+            response.cancel()
             raise
         except Exception as error:  # Ray's and Serve's errors have no common base
             log.event("WARNING", "engine.call_failed", error=type(error).__name__)

@@ -4,6 +4,7 @@ A Serve deployment behind HAProxy, on CPUs, with a fixed number of replicas. Eac
 serve any client; it holds no state but the streams that it is serving.
 """
 
+import asyncio
 from typing import Any
 
 from fastapi import FastAPI
@@ -16,7 +17,7 @@ from serving.ingress.service import GenerationService
 from serving.node import node_address
 from serving.telemetry.exporter import MetricsExporter
 from serving.telemetry.logs import setup_logging
-from serving.telemetry.metrics import IngressMetrics, new_registry
+from serving.telemetry.metrics import IngressMetrics, count_tasks, new_registry
 
 
 @serve.ingress()
@@ -28,6 +29,7 @@ class Ingress:
     ) -> None:
         setup_logging(settings.telemetry.log_level)
         registry = new_registry()
+        count_tasks(registry, asyncio.get_running_loop())
         metrics = IngressMetrics(registry)
         ingress_id = serve.get_replica_context().replica_id.unique_id
         self._exporter = MetricsExporter(

@@ -11,14 +11,21 @@ import httpx
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from serving.api.errors import ApiError, on_api_error, on_http_exception, validation_error
+from serving.api.errors import (
+    ApiError,
+    on_api_error,
+    on_exception,
+    on_http_exception,
+    validation_error,
+)
 from serving.api.types import ChatRequest, CompletionRequest
 from serving.config import Settings
 from serving.ingress.auth import ApiKeys
 from serving.ingress.fleet import FleetClient
-from serving.ingress.service import GenerationService
+from serving.ingress.service import EventStream, GenerationService
 from serving.telemetry.exporter import merge_expositions
 from serving.telemetry.logs import get_logger
 from serving.telemetry.metrics import Endpoint, IngressMetrics
@@ -27,6 +34,7 @@ log = get_logger("ingress")
 Body = TypeVar("Body", bound=BaseModel)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SCRAPE_TIMEOUT_S = 2.0
+_CLIENT_GONE = 499
 _EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -49,9 +57,10 @@ class Routes:
         self._scraper = httpx.AsyncClient(timeout=_SCRAPE_TIMEOUT_S, trust_env=False)
 
     def app(self) -> FastAPI:
-        api = FastAPI(title="Expertline", docs_url=None, redoc_url=None)
+        api = FastAPI(title="Expertline", openapi_url=None)
         api.add_exception_handler(ApiError, on_api_error)
         api.add_exception_handler(HTTPException, on_http_exception)
+        api.add_exception_handler(Exception, on_exception)
         api.add_api_route("/v1/completions", self.completions, methods=["POST"])
         api.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
         api.add_api_route("/v1/models", self.models)
@@ -125,11 +134,20 @@ class Routes:
             response = await answer(body, tenant, request_id)
         except ApiError as error:
             response = error.response()
+        except ClientDisconnect:  # before the body was complete
+            response = Response(status_code=_CLIENT_GONE)
         except asyncio.CancelledError:
-            self._metrics.answered(endpoint, 499, time.monotonic() - started)
+            self._metrics.answered(endpoint, _CLIENT_GONE, time.monotonic() - started)
             raise
         response.headers["x-request-id"] = request_id
-        self._metrics.answered(endpoint, response.status_code, time.monotonic() - started)
+
+        def answered() -> None:
+            self._metrics.answered(endpoint, response.status_code, time.monotonic() - started)
+
+        if isinstance(response, EventStream):
+            response.owned.callback(answered)
+        else:
+            answered()
         return response
 
     async def _read(self, request: Request) -> bytes:

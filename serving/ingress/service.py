@@ -3,12 +3,13 @@
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -16,7 +17,7 @@ from model.config import ModelConfig
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from serving.api.answers import Answer, ChatAnswer, CompletionAnswer, Delta, usage
-from serving.api.errors import ApiError
+from serving.api.errors import ApiError, server_fault
 from serving.api.sse import DONE, error_event, event
 from serving.api.types import ChatRequest, CompletionRequest, Sampling
 from serving.config import Settings
@@ -69,14 +70,23 @@ class _Job:
 class EventStream(StreamingResponse):
     """A stream of events that owns what it streams from, even if it is never read."""
 
-    def __init__(self, events: AsyncIterator[bytes], owned: AsyncExitStack) -> None:
+    def __init__(self, events: AsyncGenerator[bytes], owned: AsyncExitStack) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._owned = owned
+        self.owned = owned
+        self.owned.push_async_callback(events.aclose)
+        self._complete = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._owned:
-            await super().__call__(scope, receive, send)
+        with suppress(ClientDisconnect):
+            async with self.owned:
+                await super().__call__(scope, receive, send)
+                if not self._complete:
+                    raise ClientDisconnect
+
+    async def stream_response(self, send: Send) -> None:
+        await super().stream_response(send)
+        self._complete = True
 
 
 class GenerationService:
@@ -97,17 +107,17 @@ class GenerationService:
 
     async def completions(self, body: CompletionRequest, tenant: str, request_id: str) -> Response:
         prompts = body.prompts
+        answer = CompletionAnswer(request_id, self._model(body.model), self.tokenizer)
         self._check_choices(len(prompts) * (body.n or 1))
         encoded = [await self._prompts.completion(prompt) for prompt in prompts]
-        answer = CompletionAnswer(request_id, self._model(body.model), self.tokenizer)
         max_tokens = body.max_tokens or _COMPLETION_DEFAULT_TOKENS
         job = self._job(body, answer, encoded, max_tokens, body.logprobs, tenant, request_id)
         return await self._respond(job)
 
     async def chat(self, body: ChatRequest, tenant: str, request_id: str) -> Response:
+        answer = ChatAnswer(request_id, self._model(body.model), self.tokenizer)
         self._check_choices(body.n or 1)
         prompt = await self._prompts.chat(body.messages)
-        answer = ChatAnswer(request_id, self._model(body.model), self.tokenizer)
         max_tokens = body.max_completion_tokens or body.max_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         job = self._job(body, answer, [prompt], max_tokens, logprobs, tenant, request_id)
@@ -184,6 +194,9 @@ class GenerationService:
 
     def _sampling(self, body: Sampling, seed: int, logprobs: int | None) -> SamplingParams:
         defaults = self._defaults
+        most = self._settings.ingress.max_logprobs
+        if logprobs is not None and logprobs > most:
+            raise ApiError(400, f"At most {most} logprobs can be asked for.", "logprobs")
         bias = tuple((int(token), value) for token, value in (body.logit_bias or {}).items())
         if any(token >= self.config.vocab_size for token, _ in bias):
             raise ApiError(400, "A token id is outside the vocabulary.", "logit_bias")
@@ -217,12 +230,11 @@ class GenerationService:
             whole = await asyncio.gather(*(_collect(g) for g in job.generations))
         choices = []
         for index, delta in enumerate(whole):
-            logprobs = job.answer.logprobs(delta.tokens, 0) if job.logprobs else None
+            logprobs = job.answer.logprobs(delta) if job.logprobs else None
             choices.append(job.answer.choice(index, delta, logprobs))
         return JSONResponse(job.answer.whole(choices, _usage(job)))
 
-    async def _events(self, job: _Job) -> AsyncIterator[bytes]:
-        offsets = [0] * len(job.generations)
+    async def _events(self, job: _Job) -> AsyncGenerator[bytes]:
         try:
             for index in range(len(job.generations)):
                 if opening := job.answer.opening(index):
@@ -230,16 +242,16 @@ class GenerationService:
             async for index, delta in _merged(job.generations):
                 if not (delta.text or delta.finish_reason or job.logprobs):
                     continue  # half a character, or held back for a stop string
-                logprobs = None
-                if job.logprobs:
-                    logprobs = job.answer.logprobs(delta.tokens, offsets[index])
-                offsets[index] += len(delta.text)
+                logprobs = job.answer.logprobs(delta) if job.logprobs else None
                 yield event(job.answer.chunk([job.answer.piece(index, delta, logprobs)]))
             if job.include_usage:
                 yield event(job.answer.chunk([], _usage(job)))
             yield DONE
         except ApiError as error:
             yield error_event(error)
+        except Exception:
+            yield error_event(server_fault())
+            raise
 
 
 def _given(value: Any, default: Any) -> Any:
@@ -263,14 +275,14 @@ async def _merged(generations: list[Generation]) -> AsyncIterator[tuple[int, Del
         async for delta in generations[0].deltas():
             yield 0, delta
         return
-    arrived: asyncio.Queue[tuple[int, Delta] | ApiError | None] = asyncio.Queue()
+    arrived: asyncio.Queue[tuple[int, Delta] | Exception | None] = asyncio.Queue()
 
     async def pump(index: int, generation: Generation) -> None:
         try:
             async for delta in generation.deltas():
                 arrived.put_nowait((index, delta))
             arrived.put_nowait(None)
-        except ApiError as error:
+        except Exception as error:
             arrived.put_nowait(error)
 
     pumps = [asyncio.create_task(pump(i, g)) for i, g in enumerate(generations)]
@@ -280,7 +292,7 @@ async def _merged(generations: list[Generation]) -> AsyncIterator[tuple[int, Del
             item = await arrived.get()
             if item is None:
                 running -= 1
-            elif isinstance(item, ApiError):
+            elif isinstance(item, Exception):
                 raise item
             else:
                 yield item

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Watches a growing text for the first of several strings.
+    """Watches a growing text for the first of several strings to be complete.
 
     Text that could still become the beginning of a stop string is held back.
     """
@@ -18,9 +18,11 @@ class StopStrings:
         if not self._stops:
             return text, False
         self._held += text
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        places = [(self._held.find(stop), len(stop)) for stop in self._stops]
+        found = [(at + length, at) for at, length in places if at >= 0]
         if found:
-            shown, self._held = self._held[: min(found)], ""
+            _, at = min(found)
+            shown, self._held = self._held[:at], ""
             return shown, True
         keep = max(self._overlap(stop) for stop in self._stops)
         cut = len(self._held) - keep

@@ -28,7 +28,7 @@ from serving.router.leases import LeaseBook, NeverFits
 from serving.router.prefix_index import PrefixIndex
 from serving.telemetry.exporter import MetricsExporter
 from serving.telemetry.logs import get_logger, setup_logging
-from serving.telemetry.metrics import RouterMetrics, new_registry
+from serving.telemetry.metrics import RouterMetrics, count_tasks, new_registry
 from serving.wire import Channel, ChannelServer, WireError
 
 log = get_logger("router")
@@ -51,6 +51,7 @@ class Router:
         self._settings = settings.router
         self._host = node_address(settings)
         registry = new_registry()
+        count_tasks(registry, asyncio.get_running_loop())
         self._metrics = RouterMetrics(registry)
         self._exporter = MetricsExporter(
             registry, self._host, settings.telemetry.targets_directory, {"process": "router"}

@@ -5,6 +5,7 @@ a bounded set of values, and children with known labels are bound when the proce
 update costs an addition, and a rate() has a zero to start from.
 """
 
+import asyncio
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
@@ -60,6 +61,12 @@ def new_registry() -> CollectorRegistry:
     registry = CollectorRegistry()
     ProcessCollector(namespace="expertline", registry=registry)
     return registry
+
+
+def count_tasks(registry: CollectorRegistry, loop: asyncio.AbstractEventLoop) -> None:
+    """Adds how many tasks the process's event loop has: one that only grows is a leak."""
+    gauge = Gauge("expertline_asyncio_tasks", "Tasks of the event loop.", registry=registry)
+    gauge.set_function(lambda: len(asyncio.all_tasks(loop)))
 
 
 class IngressMetrics:

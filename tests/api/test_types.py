@@ -40,7 +40,7 @@ def refusal(shape: type[BaseModel], body: dict[str, Any]) -> ApiError | None:
 
 
 @pytest.mark.parametrize(("shape", "name"), FIELDS, ids=lambda value: str(value))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(value=ODD)
 def test_any_value_is_valid_or_a_short_error_that_does_not_repeat_it(
     shape: type[BaseModel], name: str, value: Any
@@ -87,8 +87,8 @@ def test_what_is_not_honoured_is_refused_unless_it_is_null(
      ("temperature", "0"), ("temperature", -0.1), ("temperature", 2.1), ("top_p", 0),
      ("seed", 2**63), ("seed", -(2**63) - 1), ("seed", 1.0), ("stop", [""]), ("stop", ["x"] * 5),
      ("stop_token_ids", [-1]), ("stop_token_ids", [0] * 2000), ("logit_bias", {"x": 1}),
-     ("logit_bias", {"1": 101}), ("priority", 2**70), ("prompt", [[1], ["x"]]),
-     ("prompt", [1, True]), ("prompt", [-1]), ("prompt", [2**31])],
+     ("logit_bias", {"1": 101}), ("logit_bias", {"9" * 5000: 1}), ("priority", 2**70),
+     ("prompt", [[1], ["x"]]), ("prompt", [1, True]), ("prompt", [-1]), ("prompt", [2**31])],
 )  # fmt: skip
 def test_extremes_are_refused(field: str, value: Any) -> None:
     error = refusal(CompletionRequest, VALID[CompletionRequest] | {field: value})

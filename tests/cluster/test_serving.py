@@ -252,6 +252,7 @@ async def test_16_streams_with_random_cancellations_leak_nothing(server: Server)
 
     await until(quiet, 20)
     files = metric(server, "expertline_process_open_fds")
+    tasks = metric(server, "expertline_asyncio_tasks")
     for round_ in range(3):
         leave = [numbers.choice([0, 2, 10, float("inf")]) for _ in range(16)]
         await asyncio.gather(*(stream(server, 100 * round_ + i, n) for i, n in enumerate(leave)))
@@ -261,6 +262,7 @@ async def test_16_streams_with_random_cancellations_leak_nothing(server: Server)
     assert metric(server, "expertline_reserved_tokens") == 0
     assert metric(server, "expertline_disconnects_total") > 0
     await until(lambda: metric(server, "expertline_process_open_fds") <= files + 8, 30)
+    await until(lambda: metric(server, "expertline_asyncio_tasks") <= tasks + 4, 30)
 
 
 def test_internal_ports_are_on_loopback_and_survive_garbage(

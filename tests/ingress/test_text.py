@@ -2,7 +2,7 @@
 
 from itertools import pairwise
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from serving.ingress.text import StopStrings
@@ -42,17 +42,20 @@ def test_what_is_shown_never_holds_a_stop_string(
     assert text.startswith(shown)
 
 
-@given(TEXT, STOPS)
-def test_character_by_character_stops_at_the_first(text: str, stops: list[str]) -> None:
-    watcher, shown, stopped = StopStrings(stops), "", False
-    for character in text:
-        part, stopped = watcher.push(character)
-        shown += part
-        if stopped:
-            break
-    expected, expected_stop = before_first_stop(text, stops)
-    assert stopped == expected_stop
-    assert shown + ("" if stopped else watcher.flush()) == expected
+@example("xabc", ["ab", "xabc"], [])
+@given(TEXT, STOPS, st.lists(st.integers(0, 40), max_size=10))
+def test_it_does_not_matter_where_the_text_is_cut(
+    text: str, stops: list[str], cuts: list[int]
+) -> None:
+    for pieces in (split(text, cuts), list(text)):
+        watcher, shown, stopped = StopStrings(stops), "", False
+        for piece in pieces:
+            part, stopped = watcher.push(piece)
+            shown += part
+            if stopped:
+                break
+        assert (shown + watcher.flush(), stopped) == before_first_stop(text, stops)
+        assert watcher.flush() == ""
 
 
 def test_only_what_could_begin_a_stop_string_is_held_back() -> None:

@@ -1,5 +1,7 @@
 """The queue: whose turn it is."""
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -54,11 +56,39 @@ def test_those_past_their_deadline_are_taken_out() -> None:
 
 def test_the_bound_counts_who_is_really_waiting() -> None:
     queue = FairQueue(2)
-    queue.push(waiting("1"))
-    queue.push(waiting("2"))
-    assert queue.full
+    for name in ("1", "2", "3"):
+        assert not queue.overfull
+        queue.push(waiting(name))
+    assert queue.overfull
     queue.drop("1")
-    assert not queue.full
+    assert not queue.overfull
+
+
+def test_a_request_that_comes_again_gives_up_its_old_place() -> None:
+    queue = FairQueue(10)
+    for name, priority in (("a", 0), ("b", 0), ("a", 0), ("b", 5)):
+        queue.push(waiting(name, priority=priority))
+    assert len(queue) == 2
+    assert drain(queue) == ["a", "b"]
+
+
+def test_nothing_is_kept_of_those_who_left_from_behind_a_head_that_does_not_move() -> None:
+    queue = FairQueue(10)
+    queue.push(waiting("head", tenant="first", priority=-1))
+    for number in range(100):
+        queue.push(waiting(str(number), tenant=f"t{number}", priority=number % 3))
+        queue.drop(str(number))
+    assert list(queue._lines) == [-1]
+
+
+@given(st.lists(st.sampled_from("abc"), min_size=1, max_size=40))
+def test_a_tenant_never_goes_twice_while_another_waits(tenants: list[str]) -> None:
+    queue = FairQueue(100)
+    for number, tenant in enumerate(tenants):
+        queue.push(waiting(f"{tenant}{number}", tenant=tenant))
+    served = [name[0] for name in drain(queue)]
+    for at, (one, next_one) in enumerate(pairwise(served)):
+        assert one != next_one or set(served[at:]) == {one}
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3), st.booleans()), max_size=40))

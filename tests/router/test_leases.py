@@ -65,6 +65,39 @@ def test_what_no_engine_can_hold_is_refused() -> None:
         book("a", "b").grant(ask("1", prompt=800, output=1), "ingress")
 
 
+def test_an_engine_that_is_too_small_is_passed_over() -> None:
+    made = book("small", tokens=200, longest=150)
+    made.join(EngineHello("large", "127.0.0.1", 1, "nano", 1000, 800, []))
+    made.grant(ask("load", prompt=700), "ingress")
+    assert engine_of(made, ask("1", prompt=200)) == "large"
+    assert engine_of(made, ask("2", prompt=100)) == "small"
+
+
+def test_an_idle_engine_takes_even_what_exceeds_its_room() -> None:
+    made = book("a", tokens=100, longest=800)
+    assert engine_of(made, ask("1", prompt=300)) == "a"
+    assert engine_of(made, ask("2", prompt=1, output=1)) is None
+
+
+def test_the_cost_of_a_choice_is_work_less_what_is_cached() -> None:
+    made = book("a", "b", tokens=10_000, longest=10_000)
+    home = engine_of(made, ask("1", prompt=128, output=1, pages=2))
+    other = {"a": "b", "b": "a"}[str(home)]
+    # home has 129 tokens reserved and 128 cached: one token more than the empty engine
+    assert engine_of(made, ask("2", prompt=128, output=1, pages=2)) == other
+
+
+def test_an_engine_that_joins_again_keeps_its_leases_and_its_old_connection_cannot_end_it() -> None:
+    made = book("a")
+    old = made.engines["a"]
+    made.grant(ask("1"), "ingress")
+    new = made.join(old.hello)
+    made.leave(old)
+    assert made.engines == {"a": new}
+    made.release("1")
+    assert new.reserved_tokens == 0
+
+
 def test_without_engines_everybody_waits() -> None:
     assert engine_of(book(), ask("1")) is None
 
@@ -106,7 +139,7 @@ def test_reserved_tokens_are_always_the_sum_of_the_leases(
     for move, number, tokens in moves:
         engine, request, ingress = f"e{number % 3}", f"r{number}", f"i{number % 2}"
         match move:
-            case "grant" if request not in made.leases:
+            case "grant":
                 made.grant(ask(request, prompt=tokens), ingress)
             case "release":
                 made.release(request)
@@ -129,6 +162,31 @@ def test_the_index_is_bounded_and_forgets_the_oldest() -> None:
     index.record([b"3", b"4"], "b")
     assert index.hits([b"2"]) == {}
     assert index.hits([b"1"]) == {"a": 1}
+
+
+def test_a_long_prompt_leaves_its_first_pages_in_the_index() -> None:
+    index = PrefixIndex(3)
+    index.record([b"1", b"2"], "a")
+    index.record([b"3", b"4"], "b")
+    assert index.hits([b"1", b"2"]) == {"a": 1}
+    index.record([b"5", b"6", b"7", b"8"], "c")
+    assert index.hits([b"5", b"6", b"7", b"8"]) == {"c": 3}
+
+
+def test_an_index_without_room_finds_nothing() -> None:
+    index = PrefixIndex(0)
+    index.record([b"1"], "a")
+    assert index.hits([b"1"]) == {}
+
+
+def test_an_engine_that_is_gone_is_forgotten_and_no_other() -> None:
+    index = PrefixIndex(10)
+    index.record([b"1", b"2"], "a")
+    index.record([b"2", b"3"], "b")
+    index.forget("b")
+    assert index.hits([b"1", b"2"]) == {"a": 1}
+    index.forget("a")
+    assert index.hits([b"1"]) == {}
 
 
 def test_only_leading_pages_count() -> None:

@@ -1,14 +1,14 @@
 """The router over real connections."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from serving import wire
-from serving.config import Settings
 from serving.fleet import (
     ROUTER_CODEC,
     EngineHello,
@@ -23,36 +23,24 @@ from serving.fleet import (
 from serving.router.link import RouterLink
 from serving.router.router import Router
 from serving.wire import Channel
+from tests.router.local import HOST, SECRET, RouterHandle, local_router, new_router
 from tests.waiting import until
 
-SECRET = b"a secret of the test"
-HOST = "127.0.0.1"
 OPEN: list[Channel] = []
 
-pytestmark = pytest.mark.filterwarnings("ignore:coroutine .Router.__del__.")  # Serve awaits it
 
-
-@pytest.fixture
-async def router(tmp_path: Path) -> AsyncIterator[Router]:
-    made = await new_router(tmp_path)
-    yield made
+@pytest.fixture(autouse=True)
+async def connections() -> AsyncIterator[None]:
+    yield
     for channel in OPEN:
         channel.abort()
     OPEN.clear()
-    await made.__del__()
 
 
-async def new_router(tmp_path: Path) -> Router:
-    settings = Settings.model_validate(
-        {
-            "internal_host": HOST,
-            "router": {"queue_limit": 2, "queue_timeout_s": 0.4},
-            "telemetry": {"targets_directory": tmp_path / "targets"},
-        }
-    )
-    made = Router.__new__(Router)
-    await made.__init__(settings, SECRET)  # type: ignore[misc]  # as Serve does
-    return made
+@pytest.fixture
+async def router() -> AsyncIterator[Router]:
+    async with local_router(queue_limit=2, queue_timeout_s=0.4) as made:
+        yield made
 
 
 async def dial(router: Router, hello: Any) -> Channel:
@@ -120,6 +108,47 @@ async def test_a_full_queue_is_a_429_and_a_late_turn_a_503(router: Router) -> No
     assert router.status()["queued"] == 0
 
 
+async def test_without_a_queue_only_what_must_wait_is_refused() -> None:
+    async with local_router(queue_limit=0) as router:
+        ingress = await dial(router, IngressHello("i", ""))
+        await dial(router, engine(tokens=900))
+        await fleet(ingress, {"e"})
+        ingress.send(ask("1"))
+        assert await answer(ingress) == LeaseGrant("1", "e", 500)
+        ingress.send(ask("2"))
+        assert (await answer(ingress)).status == 429
+
+
+async def test_a_client_that_waits_no_longer_is_refused_before_the_others(router: Router) -> None:
+    ingress = await dial(router, IngressHello("i", ""))
+    ingress.send(ask("patient"))
+    ingress.send(replace(ask("hasty"), deadline_s=0.01))
+    refusals = [await answer(ingress), await answer(ingress)]
+    assert [refusal.request_id for refusal in refusals] == ["hasty", "patient"]
+
+
+async def test_a_request_that_comes_twice_is_granted_and_held_once(router: Router) -> None:
+    ingress = await dial(router, IngressHello("i", ""))
+    ingress.send(ask("1"))
+    ingress.send(ask("1"))
+    await until(lambda: router.status()["queued"] == 1)
+    await dial(router, engine(tokens=2000))
+    assert isinstance(await answer(ingress), LeaseGrant)
+    ingress.send(ask("1"))
+    assert isinstance(await answer(ingress), LeaseGrant)
+    ingress.send(LeaseRelease("1"))
+    await until(lambda: router.status()["leases"] == 0)
+    assert router._book.engines["e"].reserved_tokens == 0
+
+
+async def test_whoever_leaves_the_queue_is_not_granted(router: Router) -> None:
+    ingress = await dial(router, IngressHello("i", ""))
+    for message in (ask("1"), ask("2"), LeaseRelease("1")):
+        ingress.send(message)
+    await dial(router, engine(tokens=900))
+    assert await answer(ingress) == LeaseGrant("2", "e", 500)
+
+
 async def test_what_never_fits_is_a_400(router: Router) -> None:
     ingress = await dial(router, IngressHello("i", ""))
     await dial(router, engine(tokens=300))
@@ -156,6 +185,24 @@ async def test_an_engine_that_comes_back_before_its_old_connection_ends_stays(
     assert router.status()["engines"] == ["e"]
 
 
+async def test_an_ingress_that_comes_back_before_its_old_connection_ends_keeps_its_leases(
+    router: Router,
+) -> None:
+    await dial(router, engine(tokens=900))
+    old = await dial(router, IngressHello("i", ""))
+    old.send(ask("1"))
+    assert isinstance(await answer(old), LeaseGrant)
+    new = await dial(router, IngressHello("i", ""))
+    await fleet(new, {"e"})
+    old.abort()
+    await old_connection_is_gone(router)
+    assert (router.status()["ingresses"], router.status()["leases"]) == (1, 1)
+    new.send(ask("2"))
+    await until(lambda: router.status()["queued"] == 1)
+    new.send(LeaseRelease("1"))
+    assert await answer(new) == LeaseGrant("2", "e", 500)
+
+
 async def old_connection_is_gone(router: Router) -> None:
     await until(lambda: len(router._server._tasks) == 2)
 
@@ -170,6 +217,34 @@ async def test_loading_is_shown_until_the_engine_is_there(router: Router) -> Non
     assert router.status()["loading"] == {}
 
 
+async def test_an_engine_that_dies_while_it_loads_is_forgotten(router: Router) -> None:
+    for reports in (1, 2):
+        channel = await dial(router, EngineLoading("e", 0, 100))
+        if reports == 2:
+            channel.send(EngineLoading("e", 50, 100))
+        await until(lambda: router.status()["loading"] != {})
+        channel.abort()
+        await until(lambda: router.status()["loading"] == {})
+    assert router.status()["engines"] == []
+
+
+async def test_garbage_and_strangers_on_the_port_hurt_nobody(router: Router) -> None:
+    ingress = await dial(router, IngressHello("i", ""))
+    host, port = router.address()
+    for garbage in (b"GET / HTTP/1.1\r\n\r\n", os.urandom(300), b"", b"XPL1"):
+        _, writer = await asyncio.open_connection(host, port)
+        writer.write(garbage)
+        writer.close()
+    with pytest.raises(wire.WireError):
+        await wire.connect(host, port, b"another secret", ROUTER_CODEC)
+    member = await dial(router, IngressHello("bad", ""))
+    member.send_frame(b"\xff\xff\xff\xff\x00")
+    await until(lambda: router.status()["ingresses"] == 1)
+    await dial(router, engine())
+    await fleet(ingress, {"e"})
+    assert router._server.rejected >= 4
+
+
 async def test_a_connection_that_never_says_who_it_is_hurts_nobody(router: Router) -> None:
     stranger = await dial(router, LeaseRelease("x"))
     with pytest.raises(wire.WireError):
@@ -179,30 +254,16 @@ async def test_a_connection_that_never_says_who_it_is_hurts_nobody(router: Route
     await fleet(ingress, {"e"})
 
 
-class Handle:
-    """A Serve handle to whatever router there is now."""
-
-    def __init__(self) -> None:
-        self.router: Router | None = None
-        self.address = self
-
-    async def remote(self) -> tuple[str, int]:
-        if self.router is None:
-            raise RuntimeError("no replica")
-        return self.router.address()
-
-
-async def test_a_link_finds_the_next_router_when_one_is_lost(tmp_path: Path) -> None:
-    handle, lost = Handle(), []
+async def test_a_link_finds_the_next_router_when_one_is_lost() -> None:
+    handle, lost = RouterHandle(), []
     link = RouterLink(handle, SECRET, engine, lost=lambda: lost.append(1))
     with pytest.raises(wire.WireError):
         link.send(ask("too early"))
     for rounds in (1, 2):
-        handle.router = await new_router(tmp_path)
+        router = handle.router = await new_router()
         await until(lambda: link.connected)
-        status = handle.router.status
-        await until(lambda status=status: status()["engines"] == ["e"])  # type: ignore[misc]
-        await handle.router.__del__()
+        await until(lambda router=router: router.status()["engines"] == ["e"])  # type: ignore[misc]
+        await router.close()
         await until(lambda: not link.connected)
         assert len(lost) == rounds
     await link.close()
