@@ -26,6 +26,7 @@ def engine_limits(settings: Settings) -> EngineLimits:
         max_sequences=settings.engine.max_sequences,
         max_model_len=longest,
         prefix_cache=settings.engine.prefix_cache,
+        vocab_size=config.vocab_size,
     )
 
 

@@ -136,6 +136,8 @@ async def test_a_request_that_can_never_fit_is_refused(tmp_path: Path) -> None:
     async with local_engine(settings(tmp_path)) as engine:
         with pytest.raises(RequestError, match="exceed the limit of 4096"):
             await engine.generate([Request("long", [1] * 4000, 97, GREEDY)])
+        with pytest.raises(RequestError, match="outside the vocabulary"):
+            await engine.generate([Request("outside", [4091, 4096], 2, GREEDY)])
         assert (await generate(engine, [Request("good", [4091, 5], 3, GREEDY)]))[0]
 
 

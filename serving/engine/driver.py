@@ -5,6 +5,7 @@ their last token; tokens go out over one TCP stream per ingress, a frame per ste
 """
 
 import asyncio
+import gc
 import os
 import secrets
 import time
@@ -75,6 +76,8 @@ class Engine:
         self._server = ChannelServer(secret, STREAM_CODEC, self._serve_ingress)
         await self._join_fleet(await self._server.start(self._host))
         self._reporting = asyncio.create_task(self._report(), name="engine-report")
+        gc.collect()
+        gc.freeze()  # what a start leaves behind would only make every later pause longer
 
     async def generate(self, call: GenerateCall) -> str | None:
         """Runs a request to its end; its tokens go to the ingress's stream.
@@ -84,7 +87,7 @@ class Engine:
         """
         request = call.request()
         if call.ingress_id not in self._streams:
-            return "the ingress has no token stream to this engine"
+            raise RuntimeError("the ingress has no token stream to this engine")
         end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._owners[request.id] = call.ingress_id
         self._ends[request.id] = end

@@ -5,7 +5,6 @@ column has a budget of tokens per step that goes to its sequences in order of im
 rest of this file is where pages come from and what happens when a result comes back.
 """
 
-import heapq
 from bisect import insort
 from dataclasses import dataclass
 from operator import attrgetter
@@ -37,6 +36,7 @@ class EngineLimits:
     max_sequences: int  # running, per column
     max_model_len: int  # prompt + output of one sequence
     prefix_cache: bool = True
+    vocab_size: int = 2**31
 
     @property
     def cache_tokens(self) -> int:
@@ -56,7 +56,7 @@ class Scheduler:
         self.limits = limits
         self._pools = [PagePool(limits.pages_per_column - 1) for _ in range(limits.columns)]
         self._running: list[list[Sequence]] = [[] for _ in range(limits.columns)]
-        self._waiting: list[tuple[tuple[int, int], Sequence]] = []  # heap
+        self._waiting: list[Sequence] = []  # most important first, like each of the running
         self._by_request: dict[str, Sequence] = {}
         self._by_id: dict[int, Sequence] = {}
         self._forget: list[list[int]] = [[] for _ in range(limits.columns)]
@@ -85,6 +85,8 @@ class Scheduler:
         total, limit = len(request.prompt) + request.max_tokens, self.limits.max_request_tokens
         if not request.prompt:
             raise RequestError("the prompt is empty")
+        if min(request.prompt) < 0 or max(request.prompt) >= self.limits.vocab_size:
+            raise RequestError("a token id is outside the vocabulary")
         if request.max_tokens < 1:
             raise RequestError("max_tokens must be at least 1")
         if total > limit:
@@ -94,7 +96,7 @@ class Scheduler:
         self._arrivals += 1
         sequence = Sequence(self._arrivals, request, self._arrivals)
         self._by_request[request.id] = self._by_id[sequence.id] = sequence
-        heapq.heappush(self._waiting, (sequence.rank_key, sequence))
+        insort(self._waiting, sequence, key=_by_rank)
 
     def cancel(self, request_id: str) -> None:
         """Ends a request at once; its pages are free when this returns. Unknown ids are over."""
@@ -128,7 +130,7 @@ class Scheduler:
         """Takes a step's result in; returns what it gave each request."""
         for sequence, epoch, end in self._in_flight.pop(result.step):
             sequence.in_flight -= 1
-            if epoch == sequence.epoch and not sequence.ended:
+            if epoch == sequence.epoch:
                 sequence.computed = end
                 self._name_pages(sequence)
         outputs: list[TokenOutput | Finish] = []
@@ -141,7 +143,7 @@ class Scheduler:
     def stats(self) -> EngineStats:
         return EngineStats(
             running=sum(len(running) for running in self._running),
-            waiting=len(self._by_request) - sum(len(running) for running in self._running),
+            waiting=len(self._waiting),
             total_pages=sum(pool.total for pool in self._pools),
             columns=[ColumnStats(p.held, p.remembered, p.free) for p in self._pools],
             prefix_query_tokens=self._prefix_query_tokens,
@@ -156,14 +158,14 @@ class Scheduler:
             assert all(sequence.column == column for sequence in running)
             pool.check_integrity(page for sequence in running for page in sequence.pages)
         placed = [sequence for running in self._running for sequence in running]
-        queued = [sequence for _, sequence in self._waiting if not sequence.ended]
-        everyone = sorted(sequence.id for sequence in (*placed, *queued))
+        everyone = sorted(sequence.id for sequence in (*placed, *self._waiting))
         assert everyone == sorted(self._by_id), "a sequence is lost or double"
         assert set(self._by_request) == {s.request.id for s in self._by_id.values()}
         for sequence in placed:
             assert sequence.computed <= sequence.scheduled <= sequence.known
             assert pages_for(sequence.scheduled) <= len(sequence.pages)
-        for sequence in queued:
+        assert self._waiting == sorted(self._waiting, key=_by_rank), "the queue is out of order"
+        for sequence in self._waiting:
             assert sequence.column == -1
             assert not sequence.pages
 
@@ -200,14 +202,11 @@ class Scheduler:
     def _admit(self, columns: list[RankPlan], budgets: list[int]) -> None:
         """Starts waiting sequences, most important first, until one finds no place."""
         while self._waiting:
-            sequence = self._waiting[0][1]
-            if sequence.ended:
-                heapq.heappop(self._waiting)
-                continue
+            sequence = self._waiting[0]
             column = None if sequence.in_flight else self._choose_column(sequence, budgets)
             if column is None:
                 return
-            heapq.heappop(self._waiting)
+            del self._waiting[0]
             self._place(sequence, column)
             new = NewSequence(
                 sequence.id,
@@ -277,7 +276,7 @@ class Scheduler:
         self._leave_column(sequence)
         sequence.stats.preemptions += 1
         self._preemptions += 1
-        heapq.heappush(self._waiting, (sequence.rank_key, sequence))
+        insort(self._waiting, sequence, key=_by_rank)
 
     def _take_sample(self, sequence: Sequence, sample: Sample) -> TokenOutput | Finish:
         request = sequence.request
@@ -297,10 +296,11 @@ class Scheduler:
         return output
 
     def _end(self, sequence: Sequence) -> None:
-        sequence.ended = True
         del self._by_request[sequence.request.id], self._by_id[sequence.id]
         if sequence.column >= 0:
             self._leave_column(sequence)
+        else:
+            self._waiting.remove(sequence)
 
     def _leave_column(self, sequence: Sequence) -> None:
         column = sequence.column

@@ -30,8 +30,7 @@ class Sequence:
     sent_tokens: int = 0  # of `tokens`, what the column was told
     sent_pages: int = 0  # of `pages`, likewise
     in_flight: int = 0  # steps that have rows of this sequence and have not returned
-    epoch: int = 0  # preemptions so far: a step of an older epoch says nothing of the cache
-    ended: bool = False
+    epoch: int = 0  # times it left a column: a step of an older epoch says nothing of the cache
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)

@@ -527,6 +527,16 @@ def test_pages_of_a_cancelled_sequence_are_used_while_its_steps_are_in_flight() 
     simulation.drain()
 
 
+def test_a_request_that_is_cancelled_while_it_waits_leaves_nothing_behind() -> None:
+    simulation = Simulation(limits(sequences=1))
+    simulation.add(request("running", [1], 9), request("next", [2], 9))
+    simulation.step()
+    simulation.add(request("x", prompt(30), 5, priority=1))
+    simulation.cancel("x")  # behind one that goes on waiting
+    assert [each.request.id for each in simulation.scheduler._waiting] == ["next"]
+    simulation.drain()
+
+
 def test_cancelling_what_is_over_or_unknown_does_nothing() -> None:
     simulation = Simulation(limits())
     simulation.cancel("nobody")
