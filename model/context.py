@@ -28,7 +28,7 @@ class Span:
     start: int
     count: int
     pages: Sequence[int]  # all pages of the sequence so far; they cover start + count tokens
-    wants_logits: bool = False  # logits of its last row
+    logits: int = 0  # how many of its last rows need logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,9 @@ class StepContext:
         spans = spans or (Span(start=0, count=1, pages=(DUMMY_PAGE,)),)
         placed = _place(spans)
         lone = [each for each in placed if each.span.count == 1]
-        logit_rows = [each.row + each.span.count - 1 for each in placed if each.span.wants_logits]
+        logit_rows = [
+            row for each in placed for row in range(each.end - each.span.logits, each.end)
+        ]
         return cls(
             positions=_tensor(
                 np.concatenate([np.arange(s.start, s.start + s.count) for s in spans]), device
@@ -115,6 +117,11 @@ class _Placed(NamedTuple):
     row: int
     pages: np.ndarray  # [P] int64
     slots: np.ndarray  # [start + count] int64
+
+    @property
+    def end(self) -> int:
+        """The row after its last."""
+        return self.row + self.span.count
 
 
 def _place(spans: Sequence[Span]) -> list[_Placed]:

@@ -25,6 +25,8 @@ BLOCK = 256  # tokens that the draw looks at once
 ROWS_AT_ONCE = 64  # bounds the workspace: about 20 bytes per row and token of the vocabulary
 MIN_TEMPERATURE = 1e-6  # below it, the same
 
+Likely = tuple[int, float]  # a token and its log-probability
+
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -73,6 +75,8 @@ class SamplingRow:
     params: SamplingParams
     position: int  # of the token being chosen, in its sequence
     counts: TokenCounts | None = None  # must be given if the parameters are `penalized`
+    output: Sequence[int] = ()  # generated so far; asked for by `min_tokens` and `bad_words`
+    allowed: bytes | None = None  # a byte for each token: 0 where the grammar forbids it
 
 
 @dataclass(slots=True)
@@ -81,16 +85,17 @@ class SampledToken:
 
     token: int
     logprob: float | None = None
-    top: list[tuple[int, float]] = field(default_factory=list)  # (token, logprob), likeliest first
+    top: list[Likely] = field(default_factory=list)  # likeliest first
     error: str | None = None  # set: `token` means nothing
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
     """Chooses one token for each row.
 
-    Log-probabilities are those of the model: of the logits as given, before penalties, bias
-    and temperature. A logit of -inf forbids its token. A row whose logits are NaN, +inf or all
-    -inf, or whose bias names no token of the vocabulary, gets an error and disturbs no other.
+    Log-probabilities are those of the model: of the logits as given, before penalties, bias,
+    what is forbidden, and temperature. A logit of -inf forbids its token. A row whose logits are
+    NaN, +inf or all -inf, whose parameters name no token of the vocabulary, or that is left
+    without any token, gets an error and disturbs no other.
 
     Args:
         logits: float [rows, vocabulary], on any device; not changed.
@@ -108,13 +113,27 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
         part = drawn[first : first + ROWS_AT_ONCE]
         where = torch.tensor(part, device=logits.device)
         tokens[where] = _draw(adjusted[where], [rows[i] for i in part])
-    finite = adjusted.amax(dim=1).isfinite()  # NaN wins a maximum
+    finite = adjusted.amax(dim=1).isfinite().tolist()  # NaN wins a maximum
     chosen = [
-        SampledToken(token, error=_fault(row, ok, logits.shape[1]))
-        for row, token, ok in zip(rows, tokens.tolist(), finite.tolist(), strict=True)
+        SampledToken(token, error=_fault(row, ok, logits[i]))
+        for i, (row, token, ok) in enumerate(zip(rows, tokens.tolist(), finite, strict=True))
     ]
     _add_logprobs(logits, rows, chosen)
     return chosen
+
+
+def score(logits: Tensor, tokens: Sequence[int], top: int) -> list[tuple[float, list[Likely]]]:
+    """Log-probability of a given token in each row, and the `top` likeliest tokens there.
+
+    Args:
+        logits: float [rows, vocabulary], on any device.
+        tokens: one a row.
+    """
+    scored: list[tuple[float, list[Likely]]] = []
+    for first in range(0, len(tokens), ROWS_AT_ONCE):
+        part = tokens[first : first + ROWS_AT_ONCE]
+        scored += _logprobs(logits[first : first + len(part)].float(), part, [top] * len(part))
+    return scored
 
 
 def uniform(seed: int, position: int) -> float:
@@ -134,15 +153,21 @@ def _mix(state: int) -> int:
     return state ^ (state >> 31)
 
 
-def _fault(row: SamplingRow, finite: bool, vocab: int) -> str | None:
-    unknown = [token for token, _ in row.params.logit_bias if not 0 <= token < vocab]
+def _fault(row: SamplingRow, finite: bool, logits: Tensor) -> str | None:
+    vocab, params = len(logits), row.params
+    named = (*(token for token, _ in params.logit_bias), *params.allowed_token_ids)
+    unknown = [token for token in named if not 0 <= token < vocab]
     if unknown:
-        return f"logit_bias names token {unknown[0]}; the vocabulary has {vocab}"
-    return None if finite else "the model's logits are not finite numbers"
+        return f"the request names token {unknown[0]}; the vocabulary has {vocab}"
+    if finite:
+        return None
+    if logits.amax().isfinite():
+        return "the request's restrictions leave no token that may come next"
+    return "the model's logits are not finite numbers"
 
 
 def _adjusted(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Logits after penalties and bias; the same tensor if no row has any."""
+    """Logits after penalties, bias and restrictions; the same tensor if no row has any."""
     penalized = [i for i, row in enumerate(rows) if row.params.penalized]
     bias = [
         (i, token, float(value))
@@ -150,7 +175,8 @@ def _adjusted(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         for token, value in row.params.logit_bias
         if 0 <= token < logits.shape[1]
     ]
-    if not penalized and not bias:
+    restricted = [i for i, row in enumerate(rows) if row.allowed or row.params.restricted]
+    if not penalized and not bias and not restricted:
         return logits
     adjusted = logits.clone()
     if penalized:
@@ -160,7 +186,29 @@ def _adjusted(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
             torch.tensor(x, device=logits.device) for x in zip(*bias, strict=True)
         )
         adjusted.index_put_((index, token), value, accumulate=True)
+    for i in restricted:
+        _restrict(adjusted[i], rows[i])
     return adjusted
+
+
+def _restrict(logits: Tensor, row: SamplingRow) -> None:
+    """In place: -inf for every token of [V] that may not come next."""
+    params, vocab = row.params, len(logits)
+    forbidden: set[int] = set()
+    if len(row.output) < params.min_tokens:
+        forbidden.update(params.end_token_ids)
+    for *before, last in params.bad_words:
+        if list(row.output[max(0, len(row.output) - len(before)) :]) == before:
+            forbidden.add(last)
+    if forbidden:
+        logits[[token for token in forbidden if token < vocab]] = float("-inf")
+    if row.allowed is not None:
+        may = torch.frombuffer(bytearray(row.allowed), dtype=torch.uint8)[:vocab]
+        logits.masked_fill_(may.to(logits.device) == 0, float("-inf"))
+    if params.allowed_token_ids:
+        may = torch.zeros(vocab, dtype=torch.bool)
+        may[[token for token in params.allowed_token_ids if token < vocab]] = True
+        logits.masked_fill_(~may.to(logits.device), float("-inf"))
 
 
 def _penalize(logits: Tensor, rows: Sequence[SamplingRow], penalized: list[int]) -> None:
@@ -301,16 +349,26 @@ def _add_logprobs(logits: Tensor, rows: Sequence[SamplingRow], chosen: list[Samp
     ]
     if not asking:
         return
-    vocab, device = logits.shape[1], logits.device
     index, wanted = zip(*asking, strict=True)
-    logprobs = logits[torch.tensor(index, device=device)].log_softmax(dim=1)  # [A, V]
-    tokens = torch.tensor([chosen[i].token for i in index], device=device)
-    for i, logprob in zip(index, logprobs.gather(1, tokens[:, None])[:, 0].tolist(), strict=True):
-        chosen[i].logprob = logprob
+    some = logits[torch.tensor(index, device=logits.device)]
+    found = _logprobs(some, [chosen[i].token for i in index], wanted)
+    for i, (logprob, top) in zip(index, found, strict=True):
+        chosen[i].logprob, chosen[i].top = logprob, top
+
+
+def _logprobs(
+    logits: Tensor, tokens: Sequence[int], wanted: Sequence[int]
+) -> list[tuple[float, list[Likely]]]:
+    """Of each row: the log-probability of its token, and its `wanted` likeliest tokens."""
+    device, vocab = logits.device, logits.shape[1]
+    logprobs = logits.log_softmax(dim=1)  # [A, V]
+    own = logprobs.gather(1, torch.tensor(tokens, device=device)[:, None])[:, 0].tolist()
     ranks = torch.tensor(wanted, device=device).clamp(max=vocab)
     cut = logprobs.topk(max(1, int(ranks.max()))).values.gather(1, ranks.clamp(min=1)[:, None] - 1)
     found = _down_to(logprobs, cut, ranks).nonzero()
-    for (a, token), logprob in zip(found.tolist(), logprobs[*found.T].tolist(), strict=True):
-        chosen[index[a]].top.append((token, logprob))
-    for i in index:
-        chosen[i].top.sort(key=lambda pair: (-pair[1], pair[0]))
+    tops: list[list[Likely]] = [[] for _ in tokens]
+    for (row, token), logprob in zip(found.tolist(), logprobs[*found.T].tolist(), strict=True):
+        tops[row].append((token, logprob))
+    for top in tops:
+        top.sort(key=lambda pair: (-pair[1], pair[0]))
+    return list(zip(own, tops, strict=True))

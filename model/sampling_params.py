@@ -15,7 +15,8 @@ class SamplingParams:
 
     Penalties and bias come first, in the order of OpenAI's and Hugging Face's definitions
     (repetition over prompt and output; presence and frequency over output only; bias last);
-    then temperature; then top-k, top-p and min-p on the resulting probabilities.
+    then what is forbidden (`min_tokens`, `allowed_token_ids`, `bad_words`, `grammar`); then
+    temperature; then top-k, top-p and min-p on the resulting probabilities.
     """
 
     temperature: float = 1.0  # 0 picks the arg-max
@@ -27,11 +28,22 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
+    min_tokens: int = 0  # until so many are generated, `end_token_ids` are forbidden
+    end_token_ids: tuple[int, ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()  # empty allows all
+    bad_words: tuple[tuple[int, ...], ...] = ()  # runs of tokens that the output may not hold
+    grammar: str | None = None  # what the whole output must be, as llguidance writes it
     logprobs: int | None = None  # None: not wanted; n: the token's own and the n most likely
+    prompt_logprobs: int | None = None  # likewise, of every prompt token but the first
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def restricted(self) -> bool:
+        """Whether some tokens may be forbidden, those that a grammar forbids aside."""
+        return bool(self.min_tokens or self.allowed_token_ids or self.bad_words)
 
     @property
     def penalized(self) -> bool:

@@ -11,7 +11,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
+from model.config import ModelConfig
+
 NANO = "nano"
+EXPERTS_OF_THE_236B = 160
 NANO_DIRECTORY = Path(__file__).resolve().parent.parent / "model" / "nano" / "checkpoint"
 
 
@@ -28,6 +31,18 @@ class ModelSettings(_Settings):
     max_model_len: int | None = Field(
         None, ge=2, description="prompt + output tokens; default: what the cache can hold"
     )
+
+    fill_in_the_middle: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="whether completions take a `suffix`; auto: not on the 236B, which was not "
+        "trained for it",
+    )
+
+    def fills_in_the_middle(self, config: ModelConfig) -> bool:
+        """Whether `suffix` is allowed on a model of this shape."""
+        if self.fill_in_the_middle == "auto":
+            return config.n_routed_experts != EXPERTS_OF_THE_236B
+        return self.fill_in_the_middle == "on"
 
     @property
     def directory(self) -> Path:

@@ -13,7 +13,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from model.sampling_params import SamplingParams
-from serving.engine.request import EngineStats, Finish, Request, TokenOutput
+from serving.engine.request import EngineStats, Finish, PromptScores, Request, TokenOutput
 from serving.wire import Codec
 
 
@@ -121,6 +121,7 @@ class TokenFrame:
 
     tokens: list[TokenOutput] = field(default_factory=list)
     ended: list[Finish] = field(default_factory=list)
+    scores: list[PromptScores] = field(default_factory=list)
 
 
 ROUTER_CODEC = Codec(
@@ -149,6 +150,7 @@ class GenerateCall:
     stop_token_ids: list[int]
     tenant: str
     priority: int
+    cache_salt: str
 
     @classmethod
     def of(cls, ingress_id: str, request: Request) -> "GenerateCall":
@@ -161,6 +163,7 @@ class GenerateCall:
             stop_token_ids=sorted(request.stop_token_ids),
             tenant=request.tenant,
             priority=request.priority,
+            cache_salt=request.cache_salt,
         )
 
     def request(self) -> Request:
@@ -172,4 +175,5 @@ class GenerateCall:
             stop_token_ids=frozenset(self.stop_token_ids),
             tenant=self.tenant,
             priority=self.priority,
+            cache_salt=self.cache_salt,
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from serving.config import Settings
 from serving.engine.loop import EngineLoop, EngineObserver
-from serving.engine.request import Finish, Request, TokenOutput
+from serving.engine.request import Finish, FinishReason, Output, PromptScores, Request, TokenOutput
 from serving.engine.scheduler import Scheduler
 from serving.gang.gang import Gang, Progress
 from serving.gang.processes import ProcessLauncher
@@ -59,6 +59,8 @@ class LocalEngine:
                 output = await queue.get()
                 if isinstance(output, Finish):
                     ended = True
+                    if output.reason is FinishReason.LENGTH:
+                        return
                     raise GenerationFailed(f"{output.reason}: {output.message}")
                 ended = output.finish is not None
                 yield output
@@ -78,10 +80,10 @@ class LocalEngine:
             completion.times.append(time.monotonic())
         return completion
 
-    def _emit(self, outputs: Sequence[TokenOutput | Finish]) -> None:
+    def _emit(self, outputs: Sequence[Output]) -> None:
         for output in outputs:
             queue = self._queues.get(output.request_id)
-            if queue is not None:
+            if queue is not None and not isinstance(output, PromptScores):
                 queue.put_nowait(output)
 
 

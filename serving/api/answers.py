@@ -1,145 +1,195 @@
-"""Bodies of answers and of stream chunks, in OpenAI's shape."""
+"""Answers in OpenAI's two older shapes: whole bodies, and the events of a stream.
+
+An `Answer` belongs to one request. A dialect with a shape of its own (responses, messages)
+implements the same five methods.
+"""
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from model.tokenizer import Tokenizer
-from serving.engine.request import RequestStats, TokenOutput
-
-
-@dataclass(slots=True)
-class Delta:
-    """What a step added to a choice; of a whole choice: everything."""
-
-    text: str = ""
-    tokens: list[TokenOutput] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)  # characters of the choice before each token
-    finish_reason: str | None = None
-
-    def add(self, other: "Delta") -> None:
-        self.text += other.text
-        self.tokens.extend(other.tokens)
-        self.offsets.extend(other.offsets)
-        self.finish_reason = other.finish_reason
-
-
-def usage(choices: Sequence[RequestStats], per_prompt: int) -> dict[str, Any]:
-    """Usage of a whole request with `per_prompt` choices of each prompt: prompts count once."""
-    prompts = choices[::per_prompt]
-    prompt = sum(first.prompt_tokens for first in prompts)
-    generated = sum(choice.generated_tokens for choice in choices)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": generated,
-        "total_tokens": prompt + generated,
-        "prompt_tokens_details": {"cached_tokens": sum(first.cached_tokens for first in prompts)},
-    }
+from serving.api.delta import CallDelta, Delta, Usage
+from serving.api.errors import ApiError
+from serving.api.sse import DONE, error_event, event
+from serving.engine.request import TokenOutput
 
 
 class Answer(ABC):
-    """Makes the bodies of one response: same id, time and model in all of them."""
+    """Turns deltas into what one client reads.
 
-    chunk_object: str
+    Attributes:
+        logprobs: whether deltas without text matter, for what they say of their tokens.
+        prompts: token ids of each prompt, set before the first of the methods is called.
+    """
+
+    logprobs: bool = False
+    prompts: Sequence[Sequence[int]] = ()
+
+    def opening(self, choices: int) -> Iterator[bytes]:
+        """Events before the first delta."""
+        yield from ()
+
+    @abstractmethod
+    def piece(self, index: int, delta: Delta) -> Iterator[bytes]:
+        """Events for one delta of one choice; the choice's last one has a finish reason."""
+
+    @abstractmethod
+    def closing(self, usage: Usage) -> Iterator[bytes]:
+        """Events after every choice's last delta."""
+
+    def failure(self, error: ApiError) -> Iterator[bytes]:
+        """The last events of a stream that cannot go on."""
+        yield error_event(error)
+
+    @abstractmethod
+    def whole(self, choices: Sequence[Delta], usage: Usage) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
+
+
+class OpenAIAnswer(Answer):
+    """What completions and chat completions share."""
+
     object: str
+    chunk_object: str
     id_prefix: str
 
-    def __init__(self, request_id: str, model: str, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        request_id: str,
+        model: str,
+        tokenizer: Tokenizer,
+        logprobs: bool,
+        include_usage: bool,
+        return_token_ids: bool,
+    ) -> None:
+        self.logprobs = logprobs
         self._head = {
             "id": f"{self.id_prefix}-{request_id}",
             "created": int(time.time()),
             "model": model,
         }
         self._tokenizer = tokenizer
+        self._include_usage = include_usage
+        self._return_token_ids = return_token_ids
 
-    def whole(self, choices: list[dict[str, Any]], used: dict[str, Any]) -> dict[str, Any]:
-        return {**self._head, "object": self.object, "choices": choices, "usage": used}
+    def piece(self, index: int, delta: Delta) -> Iterator[bytes]:
+        yield self._chunk([self._finished(self._part(index, delta), delta)])
 
-    def chunk(
-        self, choices: list[dict[str, Any]], used: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        body = {**self._head, "object": self.chunk_object, "choices": choices}
-        return body if used is None else {**body, "usage": used}
+    def closing(self, usage: Usage) -> Iterator[bytes]:
+        if self._include_usage:
+            yield self._chunk([], _usage(usage))
+        yield DONE
 
-    def opening(self, index: int) -> list[dict[str, Any]]:
-        """Choices of the chunk that opens a choice; empty if the shape has none."""
-        return []
+    def whole(self, choices: Sequence[Delta], usage: Usage) -> dict[str, Any]:
+        finished = [
+            self._finished(self._choice(index, delta), delta, index, len(choices))
+            for index, delta in enumerate(choices)
+        ]
+        return {**self._head, "object": self.object, "choices": finished, "usage": _usage(usage)}
 
     @abstractmethod
-    def choice(self, index: int, delta: Delta, logprobs: Any) -> dict[str, Any]:
+    def _choice(self, index: int, delta: Delta) -> dict[str, Any]:
         """A whole choice."""
 
     @abstractmethod
-    def piece(self, index: int, delta: Delta, logprobs: Any) -> dict[str, Any]:
+    def _part(self, index: int, delta: Delta) -> dict[str, Any]:
         """A choice's part in a chunk."""
 
     @abstractmethod
-    def logprobs(self, delta: Delta) -> dict[str, Any]:
+    def _logprobs(self, delta: Delta) -> dict[str, Any]:
         """Log-probabilities of a delta's tokens."""
 
+    def _finished(
+        self, choice: dict[str, Any], delta: Delta, index: int = 0, of: int = 0
+    ) -> dict[str, Any]:
+        """What every choice has, in whole and in part."""
+        choice["logprobs"] = self._logprobs(delta) if self.logprobs else None
+        choice["finish_reason"] = delta.finish_reason
+        if self._return_token_ids:
+            generated = delta.tokens[delta.prompt_tokens :]
+            choice["token_ids"] = [output.token for output in generated]
+            if of:
+                choice["prompt_token_ids"] = list(self.prompts[index * len(self.prompts) // of])
+        return choice
+
+    def _chunk(self, choices: list[dict[str, Any]], used: dict[str, Any] | None = None) -> bytes:
+        body = {**self._head, "object": self.chunk_object, "choices": choices}
+        if self._include_usage:
+            body["usage"] = used
+        return event(body)
+
     def _text(self, token: int) -> str:
-        return self._tokenizer.decode([token], skip_special=False)
+        """A token as its text, or as its bytes if these are no whole characters."""
+        raw = self._tokenizer.token_bytes(token) or b""
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-class CompletionAnswer(Answer):
+class CompletionAnswer(OpenAIAnswer):
     """`text_completion`."""
 
     object = chunk_object = "text_completion"
     id_prefix = "cmpl"
 
-    def choice(self, index: int, delta: Delta, logprobs: Any) -> dict[str, Any]:
-        return {
-            "index": index,
-            "text": delta.text,
-            "logprobs": logprobs,
-            "finish_reason": delta.finish_reason,
-        }
+    def _choice(self, index: int, delta: Delta) -> dict[str, Any]:
+        return {"index": index, "text": delta.text}
 
-    piece = choice
+    _part = _choice
 
-    def logprobs(self, delta: Delta) -> dict[str, Any]:
+    def _logprobs(self, delta: Delta) -> dict[str, Any]:
         return {
             "tokens": [self._text(output.token) for output in delta.tokens],
             "token_logprobs": [output.logprob for output in delta.tokens],
-            "top_logprobs": [
-                {self._text(token): value for token, value in reversed(output.top)}
-                for output in delta.tokens
-            ],
+            "top_logprobs": [self._top(output) for output in delta.tokens],
             "text_offset": delta.offsets,
         }
 
+    def _top(self, output: TokenOutput) -> dict[str, float] | None:
+        """The likeliest tokens and the token itself; null for what nothing stands before."""
+        if output.logprob is None:
+            return None
+        # Different tokens may have one text; the likelier one is to stand, so it comes last.
+        top = {self._text(token): value for token, value in reversed(output.top)}
+        top.setdefault(self._text(output.token), output.logprob)
+        return top
 
-class ChatAnswer(Answer):
+
+class ChatAnswer(OpenAIAnswer):
     """`chat.completion` and its chunks."""
 
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
     id_prefix = "chatcmpl"
 
-    def opening(self, index: int) -> list[dict[str, Any]]:
-        delta = {"role": "assistant", "content": ""}
-        return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
+    def opening(self, choices: int) -> Iterator[bytes]:
+        for index in range(choices):
+            delta = {"role": "assistant", "content": ""}
+            choice: dict[str, Any] = {"index": index, "delta": delta}
+            if self._return_token_ids:
+                choice["prompt_token_ids"] = list(self.prompts[0])
+            yield self._chunk([{**choice, "logprobs": None, "finish_reason": None}])
 
-    def choice(self, index: int, delta: Delta, logprobs: Any) -> dict[str, Any]:
-        message = {"role": "assistant", "content": delta.text, "refusal": None}
-        return {
-            "index": index,
-            "message": message,
-            "logprobs": logprobs,
-            "finish_reason": delta.finish_reason,
-        }
+    def _choice(self, index: int, delta: Delta) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": delta.text, "refusal": None}
+        if delta.calls:
+            message["content"] = delta.text or None
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": _function(call)}
+                for call in delta.calls
+            ]
+        return {"index": index, "message": message}
 
-    def piece(self, index: int, delta: Delta, logprobs: Any) -> dict[str, Any]:
-        return {
-            "index": index,
-            "delta": {"content": delta.text} if delta.text else {},
-            "logprobs": logprobs,
-            "finish_reason": delta.finish_reason,
-        }
+    def _part(self, index: int, delta: Delta) -> dict[str, Any]:
+        said: dict[str, Any] = {"content": delta.text} if delta.text else {}
+        if delta.calls:
+            said["tool_calls"] = [_call_part(call) for call in delta.calls]
+        return {"index": index, "delta": said}
 
-    def logprobs(self, delta: Delta) -> dict[str, Any]:
+    def _logprobs(self, delta: Delta) -> dict[str, Any]:
         return {"content": [self._token(output) for output in delta.tokens], "refusal": None}
 
     def _token(self, output: TokenOutput) -> dict[str, Any]:
@@ -148,4 +198,24 @@ class ChatAnswer(Answer):
 
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
         raw = self._tokenizer.token_bytes(token) or b""
-        return {"token": self._text(token), "logprob": logprob, "bytes": list(raw)}
+        text = raw.decode(errors="replace")  # `bytes` says exactly what it is
+        return {"token": text, "logprob": logprob, "bytes": list(raw)}
+
+
+def _function(call: CallDelta) -> dict[str, str | None]:
+    return {"name": call.name, "arguments": call.arguments}
+
+
+def _call_part(call: CallDelta) -> dict[str, Any]:
+    if call.id is None:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    return {"index": call.index, "id": call.id, "type": "function", "function": _function(call)}
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }

@@ -90,7 +90,8 @@ async def on_exception(request: Request, error: Exception) -> JSONResponse:
 
 def validation_error(details: Any) -> ApiError:
     """The first thing that pydantic found wrong, without the value that was wrong."""
-    first = details[0]
+    # Of an alternative's several complaints the one that got deepest into the body fits best.
+    first = max(details, key=lambda detail: len(detail["loc"]))
     if first["type"] == "json_invalid":
         return ApiError(400, "The body is not valid JSON.")
     if not first["loc"]:

@@ -15,6 +15,11 @@ def event(body: Any) -> bytes:
     return b"data: " + _encoder.encode(body) + b"\n\n"
 
 
+def named_event(name: str, body: Any) -> bytes:
+    """One event that says its kind, as the dialects beside OpenAI's older two have it."""
+    return f"event: {name}\n".encode() + event(body)
+
+
 def error_event(error: ApiError) -> bytes:
     """What a stream says instead of its end when it cannot go on."""
     return event(error.body)

@@ -18,7 +18,7 @@ from ray import serve
 
 from serving.config import Settings
 from serving.engine.loop import EngineLoop, GangFailure
-from serving.engine.request import Finish, RequestError, TokenOutput
+from serving.engine.request import Output, PromptScores, RequestError, TokenOutput
 from serving.engine.scheduler import Scheduler
 from serving.fleet import (
     STREAM_CODEC,
@@ -195,7 +195,7 @@ class Engine:
             self._loop.cancel(request_id)
             end.set_result(None)
 
-    def _emit(self, outputs: Sequence[TokenOutput | Finish]) -> None:
+    def _emit(self, outputs: Sequence[Output]) -> None:
         """Sends one frame to each ingress that a step had news for."""
         frames: dict[str, TokenFrame] = defaultdict(TokenFrame)
         for output in outputs:
@@ -204,12 +204,12 @@ class Engine:
                 continue
             if isinstance(output, TokenOutput):
                 frames[ingress_id].tokens.append(output)
-                ended = output.finish is not None
+            elif isinstance(output, PromptScores):
+                frames[ingress_id].scores.append(output)
             else:
                 frames[ingress_id].ended.append(output)
-                ended = True
             end = self._ends.get(output.request_id)
-            if ended and end is not None and not end.done():
+            if output.ends and end is not None and not end.done():
                 end.set_result(None)
         for ingress_id, frame in frames.items():
             channel = self._streams.get(ingress_id)

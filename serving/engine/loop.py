@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from serving.engine.plan import StepPlan, StepResult
-from serving.engine.request import Finish, FinishReason, Request, TokenOutput
+from serving.engine.request import Finish, FinishReason, Output, Request
 from serving.engine.scheduler import Scheduler
 
-Emit = Callable[[Sequence[TokenOutput | Finish]], None]
+Emit = Callable[[Sequence[Output]], None]
 
 
 class GangFailure(Exception):
@@ -150,7 +150,7 @@ class EngineLoop:
         assert plan.step == result.step, "steps come back in order"
         outputs = self._scheduler.complete(result)
         for output in outputs:
-            if isinstance(output, Finish) or output.finish is not None:
+            if output.ends:
                 self._requests.discard(output.request_id)
         if outputs:
             self._emit(outputs)

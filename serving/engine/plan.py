@@ -37,6 +37,7 @@ class Slice:
     tokens: list[int] = field(default_factory=list)  # sampled since the last slice: append
     pages: list[int] = field(default_factory=list)  # allocated since the last slice: append
     sample: bool = False  # the last row's logits give the next token
+    score: bool = False  # every row's logits say how likely the prompt token after it was
 
 
 @dataclass(slots=True)
@@ -74,13 +75,24 @@ class Sample:
 
 
 @dataclass(slots=True)
+class Score:
+    """Log-probabilities of consecutive prompt tokens, each given all that stand before it."""
+
+    id: int
+    start: int  # position of the first one
+    logprobs: list[float]
+    tops: list[list[tuple[int, float]]]  # for each: (token, logprob), likeliest first
+
+
+@dataclass(slots=True)
 class RankResult:
-    """What one rank reports of one step; `samples` comes from the last stage only."""
+    """What one rank reports of one step; samples and scores come from the last stage only."""
 
     step: int
     stage: int
     rank: int
     samples: list[Sample] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)
     compute_s: float = 0.0
     wait_s: float = 0.0  # waiting for the previous stage's hidden states
     exchange_s: float = 0.0  # inside expert exchanges, waiting for peers included
@@ -97,3 +109,7 @@ class StepResult:
     @property
     def samples(self) -> list[Sample]:
         return [sample for rank in self.ranks for sample in rank.samples]
+
+    @property
+    def scores(self) -> list[Score]:
+        return [score for rank in self.ranks for score in rank.scores]

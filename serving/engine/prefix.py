@@ -1,8 +1,8 @@
 """Names for what a page holds: a hash chained over all tokens up to the page's end.
 
 Two pages with the same name hold the same latent rows, because a row depends on every token
-before it. The chain starts from the tenant, so tenants never meet in the cache and cannot probe
-each other's prompts by timing (CVE-2025-46570).
+before it. The chain starts from a scope (the tenant, and the client's salt if it gave one), so
+tenants never meet in the cache and cannot probe each other's prompts by timing (CVE-2025-46570).
 """
 
 from array import array
@@ -19,8 +19,8 @@ class HashChain:
 
     __slots__ = ("_last", "hashes")
 
-    def __init__(self, tenant: str) -> None:
-        self._last = sha256(tenant.encode()).digest()
+    def __init__(self, scope: str) -> None:
+        self._last = sha256(scope.encode()).digest()
         self.hashes: list[bytes] = []
 
     def extend(self, tokens: Sequence[int]) -> list[bytes]:
@@ -33,6 +33,6 @@ class HashChain:
         return self.hashes
 
 
-def page_hashes(tokens: Sequence[int], tenant: str) -> list[bytes]:
+def page_hashes(tokens: Sequence[int], scope: str) -> list[bytes]:
     """Names of a prompt's full pages."""
-    return HashChain(tenant).extend(tokens)
+    return HashChain(scope).extend(tokens)

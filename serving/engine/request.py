@@ -25,11 +25,22 @@ class Request:
 
     id: str
     prompt: list[int]
-    max_tokens: int
+    max_tokens: int  # 0 only scores the prompt, which must be asked for then
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop_token_ids: frozenset[int] = frozenset()  # end-of-sequence included, unless ignored
     tenant: str = ""  # salts the prefix cache: tenants never see each other's pages
     priority: int = 0  # lower goes first
+    cache_salt: str = ""  # keeps the client's own prompts apart from each other, too
+
+    @property
+    def cache_scope(self) -> str:
+        """Whoever has the same one may share cache pages."""
+        return f"{self.tenant}\0{self.cache_salt}" if self.cache_salt else self.tenant
+
+    @property
+    def scored(self) -> bool:
+        """Whether the prompt's log-probabilities are wanted."""
+        return self.sampling.prompt_logprobs is not None
 
 
 @dataclass(slots=True)
@@ -53,15 +64,40 @@ class TokenOutput:
     finish: FinishReason | None = None
     stats: RequestStats | None = None  # with the finish
 
+    @property
+    def ends(self) -> bool:
+        return self.finish is not None
+
+
+@dataclass(slots=True)
+class PromptScores:
+    """How likely consecutive prompt tokens were; together they cover all but the first one."""
+
+    request_id: str
+    start: int  # position of the first one
+    logprobs: list[float]
+    tops: list[list[tuple[int, float]]]
+
+    @property
+    def ends(self) -> bool:
+        return False
+
 
 @dataclass(slots=True)
 class Finish:
-    """The end of a request, when it comes without a token (cancelled, failed)."""
+    """The end of a request, when it comes without a token (cancelled, failed, only scored)."""
 
     request_id: str
     reason: FinishReason
     message: str = ""
     stats: RequestStats | None = None
+
+    @property
+    def ends(self) -> bool:
+        return True
+
+
+Output = TokenOutput | PromptScores | Finish
 
 
 @dataclass(slots=True)

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from serving.engine.pages import PAGE_TOKENS, PagePool, pages_for
-from serving.engine.plan import NewSequence, RankPlan, Sample, Slice, StepPlan, StepResult
+from serving.engine.plan import NewSequence, RankPlan, Sample, Score, Slice, StepPlan, StepResult
 from serving.engine.request import (
     ColumnStats,
     EngineStats,
     Finish,
     FinishReason,
+    Output,
+    PromptScores,
     Request,
     RequestError,
     TokenOutput,
@@ -87,8 +89,8 @@ class Scheduler:
             raise RequestError("the prompt is empty")
         if min(request.prompt) < 0 or max(request.prompt) >= self.limits.vocab_size:
             raise RequestError("a token id is outside the vocabulary")
-        if request.max_tokens < 1:
-            raise RequestError("max_tokens must be at least 1")
+        if request.max_tokens < (0 if request.scored else 1):
+            raise RequestError("max_tokens must be at least 1, or 0 with prompt_logprobs")
         if total > limit:
             raise RequestError(f"prompt and output of {total} tokens exceed the limit of {limit}")
         if request.id in self._by_request:
@@ -126,14 +128,22 @@ class Scheduler:
         self._steps = step
         return StepPlan(step, columns)
 
-    def complete(self, result: StepResult) -> list[TokenOutput | Finish]:
+    def complete(self, result: StepResult) -> list[Output]:
         """Takes a step's result in; returns what it gave each request."""
+        outputs: list[Output] = []
+        for score in result.scores:
+            scored = self._by_id.get(score.id)
+            if scored is not None:
+                outputs += self._take_score(scored, score)
         for sequence, epoch, end in self._in_flight.pop(result.step):
             sequence.in_flight -= 1
             if epoch == sequence.epoch:
                 sequence.computed = end
                 self._name_pages(sequence)
-        outputs: list[TokenOutput | Finish] = []
+                if not sequence.request.max_tokens and end == sequence.known:
+                    self._end(sequence)
+                    finish = FinishReason.LENGTH
+                    outputs.append(Finish(sequence.request.id, finish, stats=sequence.stats))
         for sample in result.samples:
             taker = self._by_id.get(sample.id)
             if taker is not None:
@@ -253,6 +263,8 @@ class Scheduler:
     def _give(self, sequence: Sequence, count: int, plan: RankPlan) -> None:
         """Puts the sequence's next `count` positions into the plan."""
         end = sequence.scheduled + count
+        request = sequence.request
+        last_scored = min(end, len(request.prompt) - 1)
         plan.slices.append(
             Slice(
                 sequence.id,
@@ -260,7 +272,9 @@ class Scheduler:
                 count,
                 sequence.tokens[sequence.sent_tokens :],
                 sequence.pages[sequence.sent_pages :],
-                sample=end == sequence.known,
+                sample=end == sequence.known and request.max_tokens > 0,
+                score=request.scored
+                and last_scored >= max(sequence.scored, sequence.scheduled + 1),
             )
         )
         sequence.sent_tokens = sequence.known
@@ -277,6 +291,21 @@ class Scheduler:
         sequence.stats.preemptions += 1
         self._preemptions += 1
         insort(self._waiting, sequence, key=_by_rank)
+
+    def _take_score(self, sequence: Sequence, score: Score) -> list[Output]:
+        """What a score says that was not known yet: a preempted sequence computes some again."""
+        known = sequence.scored - score.start
+        if known >= len(score.logprobs):
+            return []
+        sequence.scored = score.start + len(score.logprobs)
+        return [
+            PromptScores(
+                sequence.request.id,
+                score.start + known,
+                score.logprobs[known:],
+                score.tops[known:],
+            )
+        ]
 
     def _take_sample(self, sequence: Sequence, sample: Sample) -> TokenOutput | Finish:
         request = sequence.request

@@ -30,11 +30,12 @@ class Sequence:
     sent_tokens: int = 0  # of `tokens`, what the column was told
     sent_pages: int = 0  # of `pages`, likewise
     in_flight: int = 0  # steps that have rows of this sequence and have not returned
+    scored: int = 1  # the first prompt token whose score was not handed out yet
     epoch: int = 0  # times it left a column: a step of an older epoch says nothing of the cache
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
-        self.chain = HashChain(self.request.tenant)
+        self.chain = HashChain(self.request.cache_scope)
         self.stats = RequestStats(prompt_tokens=len(self.request.prompt))
 
     @property
@@ -48,7 +49,10 @@ class Sequence:
 
     @property
     def prompt_hashes(self) -> list[bytes]:
-        """Names of the pages that may be taken from the cache: one token is always computed."""
+        """Names of the pages that may be taken from the cache: one token is always computed,
+        and all of them where every prompt token's logits are wanted."""
+        if self.request.scored:
+            return []
         return self.chain.extend(self.tokens)[: (self.known - 1) // PAGE_TOKENS]
 
     def place(self, column: int, cached_pages: list[int]) -> None:

@@ -20,9 +20,11 @@ from model.config import CheckpointError, ModelConfig
 from model.layout import Cell, Layout
 from model.moe import LocalExchange
 from model.stage import Stage
+from model.tokenizer import Tokenizer
 from serving.engine.plan import RankPlan
 from serving.gang.exchange import EXCHANGES, StageExchange
 from serving.gang.fabric import Fabric, FabricError, GlooFabric, host_store, join_store
+from serving.gang.grammars import Grammars
 from serving.gang.messages import (
     GANG_CODEC,
     FormGang,
@@ -173,5 +175,8 @@ def _build_worker(spec: RankSpec, fabrics: Fabrics, channel: BlockingChannel) ->
         stage.load_tensor(name, tensor)
     stage.finalize()
     cache = LatentCache(config, len(layout.layers(cell.stage)), spec.pages, dtype, device)
-    worker = Worker(cell, stage, cache, fabrics.column, exchange, config.hidden_size)
+    grammars = None
+    if layout.has_head(cell.stage):
+        grammars = Grammars(lambda: Tokenizer.from_directory(directory, config))
+    worker = Worker(cell, stage, cache, fabrics.column, exchange, config.hidden_size, grammars)
     return worker, cache.rows.nbytes

@@ -13,11 +13,12 @@ from torch import Tensor
 from model.cache import LatentCache
 from model.context import Span, StepContext
 from model.layout import Cell
-from model.sampling import SamplingRow, TokenCounts, sample
+from model.sampling import SamplingRow, TokenCounts, sample, score
 from model.stage import Stage
-from serving.engine.plan import NewSequence, RankPlan, RankResult, Sample, Slice
+from serving.engine.plan import NewSequence, RankPlan, RankResult, Sample, Score, Slice
 from serving.gang.exchange import StageExchange
 from serving.gang.fabric import Fabric
+from serving.gang.grammars import Grammar, Grammars
 
 
 @dataclass(slots=True)
@@ -26,8 +27,13 @@ class Resident:
 
     tokens: list[int]
     new: NewSequence
-    counts: TokenCounts | None
+    counts: TokenCounts | None = None
+    grammar: Grammar | None = None
     pages: list[int] = field(default_factory=list)
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[self.new.prompt_tokens :]
 
     def append(self, piece: Slice) -> None:
         self.tokens.extend(piece.tokens)
@@ -35,6 +41,8 @@ class Resident:
         if self.counts is not None:
             for token in piece.tokens:
                 self.counts.append(token)
+        if self.grammar is not None:
+            self.grammar.append(piece.tokens)
 
 
 class Worker:
@@ -43,6 +51,7 @@ class Worker:
     Args:
         column: the pipeline's group, or None with one stage; `column.rank` is the stage.
         exchange: the stage's expert exchange, or None with one rank.
+        grammars: compiles what sequences are restricted to; the last stage must have one.
     """
 
     def __init__(
@@ -53,6 +62,7 @@ class Worker:
         column: Fabric | None,
         exchange: StageExchange | None,
         hidden_size: int,
+        grammars: Grammars | None = None,
     ) -> None:
         self._cell = cell
         self._stage = stage
@@ -60,6 +70,7 @@ class Worker:
         self._column = column
         self._exchange = exchange
         self._hidden_size = hidden_size
+        self._grammars = grammars
         self._device, self._dtype = cache.rows.device, cache.rows.dtype
         self._first = column is None or cell.stage == 0
         self._last = column is None or cell.stage == column.size - 1
@@ -79,7 +90,7 @@ class Worker:
         arrived = time.perf_counter()
         outputs = self._stage.forward(inputs, context, self._cache)
         if self._last:
-            result.samples = self._sample(plan, outputs)
+            self._choose(plan, outputs, result)
         elif self._column is not None:
             self._column.send(outputs, self._cell.stage + 1)
         result.wait_s = arrived - started
@@ -93,12 +104,11 @@ class Worker:
         for sequence in plan.finished:
             self._residents.pop(sequence, None)
         for new in plan.new:
-            counts = None
+            resident = self._residents[new.id] = Resident(new.tokens, new)
             if self._last and new.sampling.penalized:
-                counts = TokenCounts(
-                    new.tokens[: new.prompt_tokens], new.tokens[new.prompt_tokens :]
-                )
-            self._residents[new.id] = Resident(new.tokens, new, counts)
+                resident.counts = TokenCounts(new.tokens[: new.prompt_tokens], resident.output)
+            if self._grammars is not None and new.sampling.grammar is not None:
+                resident.grammar = self._grammars.begin(new.sampling.grammar, resident.output)
         for piece in plan.slices:
             self._residents[piece.id].append(piece)
 
@@ -108,7 +118,7 @@ class Worker:
                 start=piece.start,
                 count=piece.count,
                 pages=self._residents[piece.id].pages,
-                wants_logits=piece.sample,
+                logits=piece.count if piece.score else int(piece.sample),
             )
             for piece in plan.slices
         ]
@@ -126,14 +136,44 @@ class Worker:
             ids.extend(tokens[piece.start : piece.start + piece.count])
         return torch.tensor(ids or [0], dtype=torch.int64, device=self._device)
 
-    def _sample(self, plan: RankPlan, logits: Tensor) -> list[Sample]:
-        wanted = [piece for piece in plan.slices if piece.sample]
-        rows = []
-        for piece in wanted:
-            resident = self._residents[piece.id]
-            position = piece.start + piece.count
-            rows.append(SamplingRow(resident.new.sampling, position, resident.counts))
-        return [
-            Sample(piece.id, token.token, token.logprob, token.top, token.error)
-            for piece, token in zip(wanted, sample(logits, rows), strict=True)
-        ]
+    def _choose(self, plan: RankPlan, logits: Tensor, result: RankResult) -> None:
+        """Samples and scores of a step: logits [S, vocabulary], slice by slice."""
+        drawn: list[Slice] = []
+        rows: list[SamplingRow] = []
+        where: list[int] = []
+        first = 0
+        for piece in plan.slices:
+            end = first + (piece.count if piece.score else int(piece.sample))
+            if piece.score:
+                result.scores.append(self._score(piece, logits[first:end]))
+            if piece.sample:
+                drawn.append(piece)
+                rows.append(self._sampling_row(piece))
+                where.append(end - 1)
+            first = end
+        chosen = logits if len(where) == len(logits) else logits[where]
+        for piece, token in zip(drawn, sample(chosen, rows), strict=True):
+            grammar = self._residents[piece.id].grammar
+            error = (grammar.error if grammar is not None else None) or token.error
+            result.samples.append(Sample(piece.id, token.token, token.logprob, token.top, error))
+
+    def _sampling_row(self, piece: Slice) -> SamplingRow:
+        resident = self._residents[piece.id]
+        params = resident.new.sampling
+        return SamplingRow(
+            params,
+            position=piece.start + piece.count,
+            counts=resident.counts,
+            output=resident.output if params.restricted else (),
+            allowed=resident.grammar.allowed() if resident.grammar is not None else None,
+        )
+
+    def _score(self, piece: Slice, logits: Tensor) -> Score:
+        """How likely the prompt tokens were that follow the rows of a slice."""
+        resident = self._residents[piece.id]
+        start = piece.start + 1
+        end = min(start + piece.count, resident.new.prompt_tokens)
+        targets = resident.tokens[start:end]
+        top = resident.new.sampling.prompt_logprobs or 0
+        scored = score(logits[: len(targets)], targets, top)
+        return Score(piece.id, start, [own for own, _ in scored], [likely for _, likely in scored])

@@ -23,8 +23,8 @@ class ApiKeys:
         if file is not None:
             self._digests = [(_digest(key), tenant) for tenant, key in _read(file)]
 
-    def tenant(self, authorization: str | None) -> str:
-        """The tenant of an `Authorization` header.
+    def tenant(self, authorization: str | None, api_key: str | None = None) -> str:
+        """The tenant of an `Authorization` header, or of an `x-api-key` header without one.
 
         Every known key is compared, whether or not one has matched, so that the time taken
         tells nothing.
@@ -34,6 +34,8 @@ class ApiKeys:
         """
         if self._digests is None:
             return OPEN_TENANT
+        if authorization is None and api_key is not None:
+            authorization = f"Bearer {api_key}"
         scheme, _, key = (authorization or "").partition(" ")
         given = _digest(key.strip())
         found: str | None = None

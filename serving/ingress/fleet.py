@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serving.api.errors import ApiError
-from serving.engine.request import Finish, TokenOutput
+from serving.engine.request import Finish, PromptScores, TokenOutput
 from serving.fleet import (
     STREAM_CODEC,
     Cancel,
@@ -38,12 +38,17 @@ class Inbox:
     """What has arrived for one request and not been read yet."""
 
     tokens: list[TokenOutput] = field(default_factory=list)
+    scores: list[PromptScores] = field(default_factory=list)
     ended: Finish | None = None
     failure: ApiError | None = None
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     def push(self, token: TokenOutput) -> None:
         self.tokens.append(token)
+        self._news.set()
+
+    def push_scores(self, scores: PromptScores) -> None:
+        self.scores.append(scores)
         self._news.set()
 
     def end(self, finish: Finish) -> None:
@@ -55,22 +60,38 @@ class Inbox:
         self.failure = self.failure or failure
         self._news.set()
 
+    async def read_scores(self, count: int) -> list[PromptScores]:
+        """The prompt's scores, once all `count` tokens of it have one.
+
+        Raises:
+            ApiError: the request failed first.
+        """
+        while sum(len(scores.logprobs) for scores in self.scores) < count:
+            if self.failure is not None:
+                raise self.failure
+            if self.ended is not None:
+                raise ApiError(500, self.ended.message or "The generation ended early.")
+            await self._wait()
+        return self.scores
+
     async def read(self) -> list[TokenOutput]:
-        """Everything new; empty when the request has ended without another token.
+        """Every new token; empty when the request has ended without another one.
 
         Raises:
             ApiError: the request failed.
         """
-        await self._news.wait()
-        self._news.clear()
+        while not self.tokens:
+            if self.failure is not None:
+                raise self.failure
+            if self.ended is not None:
+                return []
+            await self._wait()
         tokens, self.tokens = self.tokens, []
-        if tokens:
-            if self.ended is not None or self.failure is not None:
-                self._news.set()
-            return tokens
-        if self.failure is not None:
-            raise self.failure
-        return []
+        return tokens
+
+    async def _wait(self) -> None:
+        self._news.clear()
+        await self._news.wait()
 
 
 class EngineStream:
@@ -311,6 +332,10 @@ class FleetClient:
                 inbox.fail(ApiError(500, "The engine was lost while it served this request."))
 
     def _deliver(self, frame: TokenFrame) -> None:
+        for scores in frame.scores:
+            inbox = self._inboxes.get(scores.request_id)
+            if inbox is not None:
+                inbox.push_scores(scores)
         for token in frame.tokens:
             inbox = self._inboxes.get(token.request_id)
             if inbox is not None:

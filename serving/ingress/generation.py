@@ -7,19 +7,19 @@ for it, and reports the death of what serves it.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import ClientDisconnect
 
-from model.tokenizer import Detokenizer, Tokenizer
-from serving.api.answers import Delta
+from model.tokenizer import Tokenizer
+from serving.api.delta import Delta
 from serving.api.errors import ApiError
 from serving.engine.prefix import page_hashes
-from serving.engine.request import FinishReason, Request, RequestStats, TokenOutput
+from serving.engine.request import Finish, FinishReason, Request, RequestStats, TokenOutput
 from serving.fleet import GenerateCall, LeaseRequest
 from serving.ingress.fleet import FleetClient, Inbox
-from serving.ingress.text import StopStrings
+from serving.ingress.text import TextStream
 from serving.telemetry.logs import get_logger
 from serving.telemetry.metrics import IngressMetrics
 
@@ -28,12 +28,17 @@ log = get_logger("generation")
 
 class Generation:
     """Use as an async context manager: entering acquires a lease and starts the engine's work,
-    leaving ends it, whatever the reason."""
+    leaving ends it, whatever the reason.
+
+    Args:
+        echo: the prompt as the client wrote it, if it is to come first.
+    """
 
     def __init__(
         self,
         request: Request,
-        stops: Sequence[str],
+        text: TextStream,
+        echo: str | None,
         fleet: FleetClient,
         engines: Any,
         tokenizer: Tokenizer,
@@ -47,14 +52,12 @@ class Generation:
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._queue_timeout_s = queue_timeout_s
-        self._detokenizer = Detokenizer(tokenizer)
-        self._characters = 0  # of text so far, shown or not
-        self._stops = StopStrings(stops)
+        self._text = text
+        self._echo = echo
         self._inbox: Inbox | None = None
         self._engine_id: str | None = None
         self._call: asyncio.Task[None] | None = None
         self._finished = False  # the engine has said so
-        self._stopped = False
         self._started = time.monotonic()
         self._last_token: float | None = None
 
@@ -67,7 +70,7 @@ class Generation:
             priority=request.priority,
             prompt_tokens=len(request.prompt),
             max_tokens=request.max_tokens,
-            page_hashes=page_hashes(request.prompt, request.tenant),
+            page_hashes=page_hashes(request.prompt, request.cache_scope),
             deadline_s=self._queue_timeout_s,
         )
         try:
@@ -86,7 +89,7 @@ class Generation:
         self._metrics.released()
         self._metrics.prompt(self.stats.prompt_tokens, self.stats.cached_tokens)
         gone = exc_info[0] in (asyncio.CancelledError, ClientDisconnect)
-        if gone and not (self._finished or self._stopped):
+        if gone and not (self._finished or self._text.stopped):
             self._metrics.disconnected("prefill" if self._last_token is None else "decode")
 
     async def deltas(self) -> AsyncIterator[Delta]:
@@ -96,46 +99,45 @@ class Generation:
             ApiError: the request failed and nothing can continue it.
         """
         assert self._inbox is not None
-        while not (self._finished or self._stopped):
+        if self._echo is not None:
+            yield self._text.prompt(self._echo, await self._prompt_tokens(), self._tokenizer)
+        while not (self._finished or self._text.stopped):
             tokens = await self._inbox.read()
             if not tokens:
-                self._end(self._inbox.ended.reason if self._inbox.ended else FinishReason.ERROR)
+                yield self._end(self._inbox.ended)
                 return
             self._observe(len(tokens))
-            yield self._delta(tokens)
+            delta = self._text.push(tokens)
+            self._count(delta.tokens)
+            yield delta
 
-    def _delta(self, tokens: list[TokenOutput]) -> Delta:
-        delta = Delta()
-        for output in tokens:
-            self.stats.generated_tokens += 1
-            if output.finish is not None:
-                self.stats = output.stats or self.stats
-                self._finished = True
-            ending = output.finish is FinishReason.STOP
-            text = "" if ending else self._detokenizer.push(output.token)
-            delta.tokens.append(output)
-            delta.offsets.append(self._characters)
-            self._characters += len(text)
-            shown, self._stopped = self._stops.push(text)
-            delta.text += shown
-            if self._stopped:  # by a string: the engine does not know, leaving tells it
-                delta.finish_reason = "stop"
-                break
-            if output.finish is not None:
-                delta.text += self._last_words()
-                delta.finish_reason = str(output.finish)
-        return delta
+    async def _prompt_tokens(self) -> list[TokenOutput]:
+        """The prompt as tokens, with their log-probabilities if these were asked for."""
+        assert self._inbox is not None
+        prompt = [TokenOutput(self.request.id, token) for token in self.request.prompt]
+        if not self.request.scored:
+            return prompt
+        for scores in await self._inbox.read_scores(len(prompt) - 1):
+            places = range(scores.start, scores.start + len(scores.logprobs))
+            for place, logprob, top in zip(places, scores.logprobs, scores.tops, strict=True):
+                prompt[place].logprob, prompt[place].top = logprob, top
+        return prompt
 
-    def _last_words(self) -> str:
-        shown, stopped = self._stops.push(self._detokenizer.flush())
-        return shown if stopped else shown + self._stops.flush()
+    def _count(self, tokens: list[TokenOutput]) -> None:
+        self.stats.generated_tokens += len(tokens)
+        if tokens[-1].finish is not None:
+            self.stats = tokens[-1].stats or self.stats
+            self._finished = True
 
-    def _end(self, reason: FinishReason) -> None:
-        """The engine ended the request without a token."""
+    def _end(self, ended: Finish | None) -> Delta:
+        """The engine ended the request without a token: nothing was to be generated, or it
+        failed."""
         self._finished = True
-        ended = self._inbox.ended if self._inbox else None
-        message = ended.message if ended else ""
-        raise ApiError(500, message or f"The generation ended early ({reason}).")
+        if ended is not None and ended.reason is FinishReason.LENGTH:
+            self.stats = ended.stats or self.stats
+            return Delta(finish_reason="length")
+        message = ended.message if ended is not None else ""
+        raise ApiError(500, message or "The generation ended early.")
 
     def _observe(self, count: int) -> None:
         now = time.monotonic()

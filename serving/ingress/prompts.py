@@ -11,16 +11,25 @@ import re
 import secrets
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from model.tokenizer import Tokenizer
 from serving.api.errors import ApiError
-from serving.api.types import Message
 
 _INLINE_CHARACTERS = 2048
 _BYTES_PER_TOKEN_AT_MOST = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn as the model's template knows them."""
+
+    role: str  # system, user or assistant
+    text: str
 
 
 class ChatTemplate:
@@ -40,36 +49,57 @@ class ChatTemplate:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _raise_exception
         self._template = environment.from_string(source)
+        self._end_here = f"\x00{nonce}:end\x00"
 
-    def render(self, messages: Sequence[Message]) -> list[str | int]:
+    def render(self, turns: Sequence[Turn], continue_last: bool = False) -> list[str | int]:
         """The conversation up to the assistant's next words: texts and special ids, in order.
+
+        Args:
+            continue_last: the next words belong to the last turn, an assistant's.
 
         Raises:
             ApiError: 400, the template refuses this conversation.
         """
-        roles = {"developer": "system"}
-        turns = [{"role": roles.get(m.role, m.role), "content": m.text} for m in messages]
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        if continue_last:
+            messages[-1]["content"] += self._end_here
         try:
             text = self._template.render(
-                messages=turns,
-                add_generation_prompt=True,
+                messages=messages,
+                add_generation_prompt=not continue_last,
                 bos_token=self._bos,
                 eos_token=self._eos,
             )
-        except TemplateError as error:
+        except _Refusal as error:
             raise ApiError(400, f"The chat template refuses it: {error}", "messages") from error
+        except TemplateError as error:
+            raise ApiError(400, "The chat template cannot render this.", "messages") from error
+        if continue_last:
+            text, found, _ = text.partition(self._end_here)
+            if not found:
+                message = "This model's chat template cannot continue a message."
+                raise ApiError(400, message, "continue_final_message")
         return [self._ids.get(piece, piece) for piece in self._split.split(text) if piece]
 
 
+class _Refusal(TemplateError):
+    """What a template itself says against a conversation."""
+
+
 def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
+    raise _Refusal(message)
 
 
 class Prompts:
-    """Encodes prompts, off the event loop when they are long."""
+    """Encodes prompts, off the event loop when they are long.
 
-    def __init__(self, tokenizer: Tokenizer, max_tokens: int) -> None:
+    Args:
+        fim: whether the model was trained to fill in the middle.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int, fim: bool) -> None:
         self.tokenizer = tokenizer
+        self._fim = tokenizer.fim if fim else None
         self._max_characters = max_tokens * _BYTES_PER_TOKEN_AT_MOST
         self._template = (
             ChatTemplate(tokenizer.chat_template, tokenizer) if tokenizer.chat_template else None
@@ -79,30 +109,45 @@ class Prompts:
     async def completion(self, prompt: str | list[int]) -> list[int]:
         """Token ids of a plain prompt; text gets the begin-of-sentence token in front."""
         if isinstance(prompt, str):
-            begin = [self.tokenizer.bos_id] if self.tokenizer.adds_bos else []
-            return await self._encode([*begin, prompt], "prompt")
+            return await self.encode([*self._begin, prompt], "prompt")
         if not prompt:
             raise ApiError(400, "The prompt is empty.", "prompt")
         if max(prompt) >= self.tokenizer.vocab_size:
             raise ApiError(400, "A token id is outside the vocabulary.", "prompt")
         return prompt
 
-    async def chat(self, messages: Sequence[Message]) -> list[int]:
+    async def middle(self, prefix: str | list[int], suffix: str) -> list[int]:
+        """Token ids of a prompt whose completion stands between prefix and suffix."""
+        fim = self._fim
+        if fim is None:
+            message = (
+                "This model was not trained to fill in the middle; leave out suffix. "
+                "DeepSeek-Coder-V2-Lite was trained for it."
+            )
+            raise ApiError(400, message, "suffix")
+        given = [prefix] if isinstance(prefix, str) else await self.completion(prefix)
+        pieces = [*self._begin, fim.begin, *given, fim.hole, suffix, fim.end]
+        return await self.encode(pieces, "prompt")
+
+    async def chat(self, turns: Sequence[Turn], continue_last: bool = False) -> list[int]:
         """Token ids of a conversation."""
         if self._template is None:
             raise ApiError(400, "This model has no chat template; use /v1/completions.")
         template = self._template
-        if sum(len(message.text) for message in messages) > _INLINE_CHARACTERS:
+        if sum(len(turn.text) for turn in turns) > _INLINE_CHARACTERS:
             loop = asyncio.get_running_loop()
-            pieces = await loop.run_in_executor(self._pool, template.render, messages)
+            render = partial(template.render, turns, continue_last)
+            pieces = await loop.run_in_executor(self._pool, render)
         else:
-            pieces = template.render(messages)
-        return await self._encode(pieces, "messages")
+            pieces = template.render(turns, continue_last)
+        return await self.encode(pieces, "messages")
 
-    def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+    async def encode(self, pieces: list[str | int], param: str) -> list[int]:
+        """Token ids of texts and special tokens in turn.
 
-    async def _encode(self, pieces: list[str | int], param: str) -> list[int]:
+        Raises:
+            ApiError: 400, too long for any context, or not valid Unicode.
+        """
         length = sum(len(piece) for piece in pieces if isinstance(piece, str))
         if length > self._max_characters:
             raise ApiError(400, f"The text of {length} characters exceeds the context.", param)
@@ -113,3 +158,10 @@ class Prompts:
             return await loop.run_in_executor(self._pool, self.tokenizer.encode_pieces, pieces)
         except ValueError as error:
             raise ApiError(400, "The text is not valid Unicode.", param) from error
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def _begin(self) -> list[int]:
+        return [self.tokenizer.bos_id] if self.tokenizer.adds_bos else []

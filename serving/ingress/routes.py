@@ -7,13 +7,14 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-import httpx
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 
+from serving.api.chat import ChatRequest
+from serving.api.completions import CompletionRequest
 from serving.api.errors import (
     ApiError,
     on_api_error,
@@ -21,21 +22,18 @@ from serving.api.errors import (
     on_http_exception,
     validation_error,
 )
-from serving.api.types import ChatRequest, CompletionRequest
+from serving.api.tokens import DetokenizeRequest, TokenizeRequest
 from serving.config import Settings
 from serving.ingress.auth import ApiKeys
 from serving.ingress.fleet import FleetClient
-from serving.ingress.service import EventStream, GenerationService
-from serving.telemetry.exporter import merge_expositions
-from serving.telemetry.logs import get_logger
+from serving.ingress.operations import Operations
+from serving.ingress.service import GenerationService, Origin
+from serving.ingress.streams import EventStream
 from serving.telemetry.metrics import Endpoint, IngressMetrics
 
-log = get_logger("ingress")
 Body = TypeVar("Body", bound=BaseModel)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_SCRAPE_TIMEOUT_S = 2.0
 _CLIENT_GONE = 499
-_EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Routes:
@@ -54,7 +52,7 @@ class Routes:
         self._metrics = metrics
         self._keys = ApiKeys(settings.ingress.api_keys_file)
         self._created = int(time.time())
-        self._scraper = httpx.AsyncClient(timeout=_SCRAPE_TIMEOUT_S, trust_env=False)
+        self._operations = Operations(fleet)
 
     def app(self) -> FastAPI:
         api = FastAPI(title="Expertline", openapi_url=None)
@@ -63,77 +61,111 @@ class Routes:
         api.add_exception_handler(Exception, on_exception)
         api.add_api_route("/v1/completions", self.completions, methods=["POST"])
         api.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
+        api.add_api_route("/tokenize", self.tokenize, methods=["POST"])
+        api.add_api_route("/detokenize", self.detokenize, methods=["POST"])
+        api.add_api_route("/tokenizer_info", self.tokenizer_info)
         api.add_api_route("/v1/models", self.models)
         api.add_api_route("/v1/models/{name:path}", self.model)
-        api.add_api_route("/livez", self.livez)
-        api.add_api_route("/readyz", self.readyz)
-        api.add_api_route("/metrics", self.metrics)
+        self._operations.add_to(api)
         return api
 
     async def close(self) -> None:
-        await self._scraper.aclose()
+        await self._operations.close()
 
     async def completions(self, request: Request) -> Response:
-        async def answer(body: CompletionRequest, tenant: str, request_id: str) -> Response:
-            return await self._service.completions(body, tenant, request_id)
-
-        return await self._generate(request, "completions", CompletionRequest, answer)
+        return await self._answer(
+            request, "completions", CompletionRequest, self._service.completions
+        )
 
     async def chat(self, request: Request) -> Response:
-        async def answer(body: ChatRequest, tenant: str, request_id: str) -> Response:
-            return await self._service.chat(body, tenant, request_id)
+        return await self._answer(request, "chat", ChatRequest, self._service.chat)
 
-        return await self._generate(request, "chat", ChatRequest, answer)
+    async def tokenize(self, request: Request) -> Response:
+        async def answer(body: TokenizeRequest, origin: Origin) -> Response:
+            ids = await self._tokenized(body)
+            answer: dict[str, Any] = {
+                "count": len(ids),
+                "max_model_len": self._fleet.max_request_tokens,
+                "tokens": ids,
+            }
+            if body.return_token_strs:
+                tokenizer = self._service.tokenizer
+                strings = [tokenizer.decode([token], skip_special=False) for token in ids]
+                answer["token_strs"] = strings
+            return JSONResponse(answer)
+
+        return await self._answer(request, "other", TokenizeRequest, answer)
+
+    async def detokenize(self, request: Request) -> Response:
+        async def answer(body: DetokenizeRequest, origin: Origin) -> Response:
+            tokenizer = self._service.tokenizer
+            if body.tokens and max(body.tokens) >= tokenizer.vocab_size:
+                raise ApiError(400, "A token id is outside the vocabulary.", "tokens")
+            text = await asyncio.to_thread(tokenizer.decode, body.tokens, False)
+            return JSONResponse({"prompt": text})
+
+        return await self._answer(request, "other", DetokenizeRequest, answer)
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        self._tenant(request)
+        tokenizer = self._service.tokenizer
+        special = {token: text for text, token in tokenizer.special_tokens.items()}
+        return JSONResponse(
+            {
+                "add_bos_token": tokenizer.adds_bos,
+                "bos_token": special.get(tokenizer.bos_id),
+                "bos_token_id": tokenizer.bos_id,
+                "eos_token": special.get(tokenizer.eos_id),
+                "eos_token_id": tokenizer.eos_id,
+                "vocab_size": tokenizer.vocab_size,
+                "chat_template": tokenizer.chat_template,
+            }
+        )
 
     async def models(self, request: Request) -> Response:
-        self._keys.tenant(request.headers.get("authorization"))
+        self._tenant(request)
         return JSONResponse({"object": "list", "data": [self._model_card()]})
 
     async def model(self, request: Request, name: str) -> Response:
-        self._keys.tenant(request.headers.get("authorization"))
-        if name != self._settings.model.served_name:
-            raise ApiError(404, "The model does not exist.", "model", "model_not_found")
+        self._tenant(request)
+        self._service.check_model(name)
         return JSONResponse(self._model_card())
 
-    async def livez(self) -> Response:
-        """This process answers; says nothing of the model."""
-        return PlainTextResponse("ok\n")
+    async def _tokenized(self, body: TokenizeRequest) -> list[int]:
+        served = self._settings.model.served_name
+        if body.model is not None:
+            self._service.check_model(body.model)
+        if body.prompt is None:
+            return await self._service.chat_prompt(body.chat(served))
+        if body.add_special_tokens:
+            return await self._service.prompts.completion(body.prompt)
+        return await self._service.prompts.encode([body.prompt], "prompt")
 
-    async def readyz(self) -> Response:
-        """A request would be served now."""
-        if not self._fleet.ready:
-            return PlainTextResponse("no engine is ready\n", status_code=503)
-        return PlainTextResponse("ok\n")
+    def _tenant(self, request: Request) -> str:
+        headers = request.headers
+        return self._keys.tenant(headers.get("authorization"), headers.get("x-api-key"))
 
-    async def metrics(self) -> Response:
-        """Metrics of the whole fleet, each process's under its own `instance`."""
-        addresses = self._fleet.metrics_addresses
-        texts = await asyncio.gather(*(self._scrape(address) for address in addresses))
-        return PlainTextResponse(merge_expositions(texts), media_type=_EXPOSITION)
-
-    async def _scrape(self, address: str) -> tuple[dict[str, str], str]:
-        try:
-            response = await self._scraper.get(f"http://{address}/metrics")
-        except httpx.HTTPError as error:
-            log.event("INFO", "scrape.failed", target=address, error=type(error).__name__)
-            return {"instance": address}, ""
-        return {"instance": address}, response.text
-
-    async def _generate(
+    async def _answer(
         self,
         request: Request,
         endpoint: Endpoint,
         shape: type[Body],
-        answer: Callable[[Body, str, str], Awaitable[Response]],
+        answer: Callable[[Body, Origin], Awaitable[Response]],
+        refuse: Callable[[ApiError], Response] = ApiError.response,
     ) -> Response:
+        """What every endpoint with a body does around its own work.
+
+        Args:
+            refuse: makes the answer of a request that failed before its first byte.
+        """
         started = time.monotonic()
         request_id = _request_id(request)
         try:
-            tenant = self._keys.tenant(request.headers.get("authorization"))
+            tenant = self._tenant(request)
             body = _parse(shape, await self._read(request))
-            response = await answer(body, tenant, request_id)
+            response = await answer(body, Origin(tenant, request_id))
         except ApiError as error:
-            response = error.response()
+            response = refuse(error)
         except ClientDisconnect:  # before the body was complete
             response = Response(status_code=_CLIENT_GONE)
         except asyncio.CancelledError:

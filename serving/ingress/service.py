@@ -1,92 +1,60 @@
 """From a validated API request to generations, and from generations to an answer."""
 
 import asyncio
-import json
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import JSONResponse, Response
 
 from model.config import ModelConfig
-from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
-from serving.api.answers import Answer, ChatAnswer, CompletionAnswer, Delta, usage
+from serving.api.answers import Answer, ChatAnswer, CompletionAnswer
+from serving.api.chat import ChatRequest
+from serving.api.completions import CompletionRequest
+from serving.api.delta import Delta, Usage
 from serving.api.errors import ApiError, server_fault
-from serving.api.sse import DONE, error_event, event
-from serving.api.types import ChatRequest, CompletionRequest, Sampling
+from serving.api.sampling import Sampling
 from serving.config import Settings
 from serving.engine.request import Request
 from serving.ingress.fleet import FleetClient
 from serving.ingress.generation import Generation
 from serving.ingress.prompts import Prompts
+from serving.ingress.restrictions import Restrictions, grammar_of, lark_of
+from serving.ingress.sampling import SamplingRules
+from serving.ingress.streams import Choice, EventStream, merged
+from serving.ingress.text import TextStream
+from serving.ingress.tools import Tools, conversation
 from serving.telemetry.metrics import IngressMetrics
-
-_COMPLETION_DEFAULT_TOKENS = 16  # OpenAI's own default for /v1/completions
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingDefaults:
-    """What applies where a client says nothing: the checkpoint's generation_config.json."""
+class Origin:
+    """Who sent an API request, and its name in logs."""
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-
-    @classmethod
-    def from_directory(cls, directory: Path) -> "SamplingDefaults":
-        file = directory / "generation_config.json"
-        if not file.is_file():
-            return cls()
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        if raw.get("do_sample") is False:
-            return cls(temperature=0.0)
-        return cls(
-            temperature=float(raw.get("temperature", 1.0)),
-            top_p=float(raw.get("top_p", 1.0)),
-            top_k=int(raw.get("top_k") or 0),
-            repetition_penalty=float(raw.get("repetition_penalty", 1.0)),
-        )
+    tenant: str
+    request_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A whole API request: its choices in order, and how to answer."""
+    """A whole API request: what to generate for each prompt, and how to answer."""
 
-    generations: list[Generation]
-    per_prompt: int
+    body: Sampling
     answer: Answer
-    logprobs: bool
-    stream: bool
-    include_usage: bool
-
-
-class EventStream(StreamingResponse):
-    """A stream of events that owns what it streams from, even if it is never read."""
-
-    def __init__(self, events: AsyncGenerator[bytes], owned: AsyncExitStack) -> None:
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self.owned = owned
-        self.owned.push_async_callback(events.aclose)
-        self._complete = False
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with suppress(ClientDisconnect):
-            async with self.owned:
-                await super().__call__(scope, receive, send)
-                if not self._complete:
-                    raise ClientDisconnect
-
-    async def stream_response(self, send: Send) -> None:
-        await super().stream_response(send)
-        self._complete = True
+    origin: Origin
+    prompts: list[list[int]]
+    max_tokens: int | None  # None: as many as the context has room for
+    choices: int = 1  # for each prompt
+    best_of: int = 1  # of which the choices are taken
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    echo: list[str] | None = None  # each prompt's text, to come first
+    grammar: str | None = None
+    tools: Tools | None = None
 
 
 class GenerationService:
@@ -98,35 +66,97 @@ class GenerationService:
         directory = settings.model.directory
         self.config = ModelConfig.from_directory(directory)
         self.tokenizer = Tokenizer.from_directory(directory, self.config)
+        fim = settings.model.fills_in_the_middle(self.config)
+        self.prompts = Prompts(self.tokenizer, self.config.max_position_embeddings, fim)
         self._settings = settings
         self._fleet = fleet
         self._engines = engines
         self._metrics = metrics
-        self._defaults = SamplingDefaults.from_directory(directory)
-        self._prompts = Prompts(self.tokenizer, self.config.max_position_embeddings)
+        self._rules = SamplingRules(
+            directory, self.config, self.tokenizer, settings.ingress.max_logprobs
+        )
+        self._restrictions = Restrictions(self.tokenizer)
 
-    async def completions(self, body: CompletionRequest, tenant: str, request_id: str) -> Response:
-        prompts = body.prompts
-        answer = CompletionAnswer(request_id, self._model(body.model), self.tokenizer)
-        self._check_choices(len(prompts) * (body.n or 1))
-        encoded = [await self._prompts.completion(prompt) for prompt in prompts]
-        max_tokens = body.max_tokens or _COMPLETION_DEFAULT_TOKENS
-        job = self._job(body, answer, encoded, max_tokens, body.logprobs, tenant, request_id)
+    async def completions(self, body: CompletionRequest, origin: Origin) -> Response:
+        answer = CompletionAnswer(
+            origin.request_id,
+            self.check_model(body.model),
+            self.tokenizer,
+            logprobs=body.logprobs is not None,
+            include_usage=body.include_usage,
+            return_token_ids=bool(body.return_token_ids),
+        )
+        prompts, choices = body.prompts, body.n or 1
+        best_of = body.best_of or choices
+        self._check_choices(len(prompts) * best_of)
+        if body.suffix is None:
+            encoded = [await self.prompts.completion(prompt) for prompt in prompts]
+        else:
+            encoded = [await self.prompts.middle(prompt, body.suffix) for prompt in prompts]
+        ranks = best_of > choices and body.logprobs is None
+        answer.prompts = encoded
+        job = _Job(
+            body,
+            answer,
+            origin,
+            encoded,
+            body.output_limit,
+            choices,
+            best_of,
+            logprobs=0 if ranks else body.logprobs,
+            prompt_logprobs=self._prompt_logprobs(body),
+            echo=[self._written(prompt) for prompt in prompts] if body.echo else None,
+            grammar=await self._grammar(body),
+        )
         return await self._respond(job)
 
-    async def chat(self, body: ChatRequest, tenant: str, request_id: str) -> Response:
-        answer = ChatAnswer(request_id, self._model(body.model), self.tokenizer)
+    async def chat(
+        self, body: ChatRequest, origin: Origin, answer: Answer | None = None
+    ) -> Response:
+        """Answers in the shape of `answer`; None: OpenAI's chat completions."""
+        model = self.check_model(body.model)
         self._check_choices(body.n or 1)
-        prompt = await self._prompts.chat(body.messages)
-        max_tokens = body.max_completion_tokens or body.max_tokens
-        logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        job = self._job(body, answer, [prompt], max_tokens, logprobs, tenant, request_id)
+        tools = Tools.of(body)
+        prompt = await self.chat_prompt(body)
+        if answer is None:
+            answer = ChatAnswer(
+                origin.request_id,
+                model,
+                self.tokenizer,
+                logprobs=bool(body.logprobs),
+                include_usage=body.include_usage,
+                return_token_ids=bool(body.return_token_ids),
+            )
+        answer.prompts = [prompt]
+        job = _Job(
+            body,
+            answer,
+            origin,
+            [prompt],
+            body.output_limit,
+            body.n or 1,
+            body.n or 1,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            grammar=await self._grammar(body, tools),
+            tools=tools,
+        )
         return await self._respond(job)
+
+    async def chat_prompt(self, body: ChatRequest) -> list[int]:
+        """Token ids of a conversation, tools and all."""
+        turns = conversation(body.messages, Tools.of(body))
+        return await self.prompts.chat(turns, bool(body.continue_final_message))
 
     def close(self) -> None:
-        self._prompts.close()
+        self.prompts.close()
+        self._restrictions.close()
 
-    def _model(self, name: str) -> str:
+    def check_model(self, name: str) -> str:
+        """The name, if this server has a model of that name.
+
+        Raises:
+            ApiError: 404.
+        """
         served = self._settings.model.served_name
         if name != served:
             message = f"The model does not exist; this server has '{served}'."
@@ -138,45 +168,59 @@ class GenerationService:
         if not 1 <= count <= limit:
             raise ApiError(400, f"A request may ask for 1 to {limit} generations.", "n")
 
-    def _job(
-        self,
-        body: Sampling,
-        answer: Answer,
-        prompts: list[list[int]],
-        max_tokens: int | None,
-        logprobs: int | None,
-        tenant: str,
-        request_id: str,
-    ) -> _Job:
-        choices = body.n or 1
+    def _prompt_logprobs(self, body: CompletionRequest) -> int | None:
+        """With nothing to generate, the prompt is scored even if nobody asked how likely it was."""
+        if not body.echo or (body.logprobs is None and body.output_limit):
+            return None
+        return body.logprobs or 0
+
+    def _written(self, prompt: str | list[int]) -> str:
+        return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
+
+    async def _grammar(self, body: Sampling, tools: Tools | None = None) -> str | None:
+        """What the whole text must be, checked; None: anything."""
+        param, wanted = next(iter(body.restrictions.items()), (None, None))
+        if tools is not None:
+            answer = None if wanted is None else lark_of(wanted)
+            return await self._restrictions.check(partial(tools.grammar, answer), "tools")
+        if wanted is not None:
+            return await self._restrictions.check(partial(grammar_of, wanted), param)
+        return None
+
+    def _generations(self, job: _Job) -> list[Choice]:
+        """One for each prompt and choice, prompt by prompt."""
+        body = job.body
+        choices: list[Choice] = []
         seed = body.seed if body.seed is not None else secrets.randbits(62)
-        generations: list[Generation] = []
-        for prompt in prompts:
-            limit = self._output_limit(len(prompt), max_tokens)
-            for _ in range(choices):
-                index = len(generations)
+        stops, min_tokens = body.stop_strings, body.min_tokens or 0
+        for place, prompt in enumerate(job.prompts):
+            limit = self._output_limit(len(prompt), job.max_tokens)
+            for candidate in range(job.best_of):
                 request = Request(
-                    id=f"{request_id}-{index}",
+                    id=f"{job.origin.request_id}-{len(choices)}",
                     prompt=prompt,
                     max_tokens=limit,
-                    sampling=self._sampling(body, seed + index % choices, logprobs),
-                    stop_token_ids=self._stop_ids(body),
-                    tenant=tenant,
-                    priority=body.priority,
+                    sampling=self._rules.params(
+                        body, seed + candidate, job.logprobs, job.prompt_logprobs, job.grammar
+                    ),
+                    stop_token_ids=self._rules.ends(body),
+                    tenant=job.origin.tenant,
+                    priority=body.priority or 0,
+                    cache_salt=body.cache_salt or "",
                 )
-                generations.append(
-                    Generation(
-                        request,
-                        body.stop_strings,
-                        self._fleet,
-                        self._engines,
-                        self.tokenizer,
-                        self._metrics,
-                        self._settings.router.queue_timeout_s,
-                    )
+                generation = Generation(
+                    request,
+                    TextStream(self.tokenizer, stops, min_tokens),
+                    None if job.echo is None else job.echo[place],
+                    self._fleet,
+                    self._engines,
+                    self.tokenizer,
+                    self._metrics,
+                    self._settings.router.queue_timeout_s,
                 )
-        wanted = logprobs is not None
-        return _Job(generations, choices, answer, wanted, bool(body.stream), body.include_usage)
+                refine = None if job.tools is None else job.tools.parser().push
+                choices.append(Choice(generation, refine))
+        return choices
 
     def _output_limit(self, prompt: int, wanted: int | None) -> int:
         """How many tokens may be generated after a prompt of this length."""
@@ -184,119 +228,65 @@ class GenerationService:
         if limit is None:
             raise ApiError(503, "No engine is ready to serve the model yet.", retry_after_s=2)
         room = limit - prompt
-        if room < 1 or (wanted is not None and wanted > room):
+        needed = 1 if wanted is None else wanted
+        if room < needed:
             message = (
                 f"This model's maximum context length is {limit} tokens, but the request needs "
-                f"{prompt + (wanted or 1)} ({prompt} in the prompt, {wanted or 1} to generate)."
+                f"{prompt + needed} ({prompt} in the prompt, {needed} to generate)."
             )
             raise ApiError(400, message, "max_tokens", "context_length_exceeded")
-        return wanted or room
-
-    def _sampling(self, body: Sampling, seed: int, logprobs: int | None) -> SamplingParams:
-        defaults = self._defaults
-        most = self._settings.ingress.max_logprobs
-        if logprobs is not None and logprobs > most:
-            raise ApiError(400, f"At most {most} logprobs can be asked for.", "logprobs")
-        bias = tuple((int(token), value) for token, value in (body.logit_bias or {}).items())
-        if any(token >= self.config.vocab_size for token, _ in bias):
-            raise ApiError(400, "A token id is outside the vocabulary.", "logit_bias")
-
-        return SamplingParams(
-            temperature=_given(body.temperature, defaults.temperature),
-            top_k=max(0, _given(body.top_k, defaults.top_k)),
-            top_p=_given(body.top_p, defaults.top_p),
-            min_p=_given(body.min_p, 0.0),
-            presence_penalty=_given(body.presence_penalty, 0.0),
-            frequency_penalty=_given(body.frequency_penalty, 0.0),
-            repetition_penalty=_given(body.repetition_penalty, defaults.repetition_penalty),
-            logit_bias=bias,
-            seed=seed,
-            logprobs=logprobs,
-        )
-
-    def _stop_ids(self, body: Sampling) -> frozenset[int]:
-        ends = set(body.stop_token_ids or ())
-        if not body.ignore_eos:
-            ends.add(self.config.eos_token_id)
-        return frozenset(ends)
+        return room if wanted is None else wanted
 
     async def _respond(self, job: _Job) -> Response:
         """Leases come first, so that a full server can still answer with a status."""
         async with AsyncExitStack() as stack:
-            for generation in job.generations:
-                await stack.enter_async_context(generation)
-            if job.stream:
-                return EventStream(self._events(job), stack.pop_all())
-            whole = await asyncio.gather(*(_collect(g) for g in job.generations))
-        choices = []
-        for index, delta in enumerate(whole):
-            logprobs = job.answer.logprobs(delta) if job.logprobs else None
-            choices.append(job.answer.choice(index, delta, logprobs))
-        return JSONResponse(job.answer.whole(choices, _usage(job)))
+            choices = self._generations(job)
+            for choice in choices:
+                await stack.enter_async_context(choice.generation)
+            if job.body.stream:
+                return EventStream(self._events(job, choices), stack.pop_all())
+            candidates = await asyncio.gather(*(choice.whole() for choice in choices))
+        best = _best(candidates, job.best_of, job.choices)
+        return JSONResponse(job.answer.whole(best, _usage(job, choices)))
 
-    async def _events(self, job: _Job) -> AsyncGenerator[bytes]:
+    async def _events(self, job: _Job, choices: list[Choice]) -> AsyncGenerator[bytes]:
+        answer = job.answer
         try:
-            for index in range(len(job.generations)):
-                if opening := job.answer.opening(index):
-                    yield event(job.answer.chunk(opening))
-            async for index, delta in _merged(job.generations):
-                if not (delta.text or delta.finish_reason or job.logprobs):
+            for each in answer.opening(len(choices)):
+                yield each
+            async for index, delta in merged(choices):
+                if delta.empty and not answer.logprobs:
                     continue  # half a character, or held back for a stop string
-                logprobs = job.answer.logprobs(delta) if job.logprobs else None
-                yield event(job.answer.chunk([job.answer.piece(index, delta, logprobs)]))
-            if job.include_usage:
-                yield event(job.answer.chunk([], _usage(job)))
-            yield DONE
+                for each in answer.piece(index, delta):
+                    yield each
+            for each in answer.closing(_usage(job, choices)):
+                yield each
         except ApiError as error:
-            yield error_event(error)
+            for each in answer.failure(error):
+                yield each
         except Exception:
-            yield error_event(server_fault())
+            for each in answer.failure(server_fault()):
+                yield each
             raise
 
 
-def _given(value: Any, default: Any) -> Any:
-    return default if value is None else value
+def _best(candidates: Sequence[Delta], of: int, count: int) -> list[Delta]:
+    """The `count` likeliest of every `of` candidates, each prompt's own."""
+    best: list[Delta] = []
+    for first in range(0, len(candidates), of):
+        part = list(candidates[first : first + of])
+        if count < of:
+            part.sort(key=lambda candidate: candidate.mean_logprob, reverse=True)
+        best += part[:count]
+    return best
 
 
-def _usage(job: _Job) -> dict[str, Any]:
-    return usage([generation.stats for generation in job.generations], job.per_prompt)
-
-
-async def _collect(generation: Generation) -> Delta:
-    whole = Delta()
-    async for delta in generation.deltas():
-        whole.add(delta)
-    return whole
-
-
-async def _merged(generations: list[Generation]) -> AsyncIterator[tuple[int, Delta]]:
-    """Deltas of several choices as they come, each with the choice's index."""
-    if len(generations) == 1:
-        async for delta in generations[0].deltas():
-            yield 0, delta
-        return
-    arrived: asyncio.Queue[tuple[int, Delta] | Exception | None] = asyncio.Queue()
-
-    async def pump(index: int, generation: Generation) -> None:
-        try:
-            async for delta in generation.deltas():
-                arrived.put_nowait((index, delta))
-            arrived.put_nowait(None)
-        except Exception as error:
-            arrived.put_nowait(error)
-
-    pumps = [asyncio.create_task(pump(i, g)) for i, g in enumerate(generations)]
-    try:
-        running = len(pumps)
-        while running:
-            item = await arrived.get()
-            if item is None:
-                running -= 1
-            elif isinstance(item, Exception):
-                raise item
-            else:
-                yield item
-    finally:
-        for task in pumps:
-            task.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)
+def _usage(job: _Job, choices: Sequence[Choice]) -> Usage:
+    """Of a whole request: each prompt counts once, every candidate's tokens count."""
+    stats = [choice.generation.stats for choice in choices]
+    prompts = stats[:: job.best_of]
+    return Usage(
+        prompt_tokens=sum(first.prompt_tokens for first in prompts),
+        cached_tokens=sum(first.cached_tokens for first in prompts),
+        completion_tokens=sum(each.generated_tokens for each in stats),
+    )

@@ -7,7 +7,7 @@ update costs an addition, and a rate() has a zero to start from.
 
 import asyncio
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -29,10 +29,10 @@ QUEUE_BUCKETS = (0.0005, *_MS, *_TENTHS, *_SECONDS, *_MINUTES[:2])
 E2E_BUCKETS = (*_MS[4:], *_TENTHS, *_SECONDS, *_MINUTES)
 STEP_TOKENS_BUCKETS = tuple(float(2**power) for power in range(14))
 
-Endpoint = Literal["chat", "completions", "other"]
+Endpoint = Literal["chat", "completions", "responses", "messages", "other"]
 Phase = Literal["queued", "prefill", "decode"]
 
-_ENDPOINTS: tuple[Endpoint, ...] = ("chat", "completions", "other")
+_ENDPOINTS: tuple[Endpoint, ...] = get_args(Endpoint)
 _PHASES: tuple[Phase, ...] = ("queued", "prefill", "decode")
 _REFUSALS = ("full", "deadline", "too_long")
 

@@ -11,10 +11,11 @@ from openai.types.completion import Completion
 
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer
-from serving.api.answers import Answer, ChatAnswer, CompletionAnswer, Delta, usage
+from serving.api.answers import ChatAnswer, CompletionAnswer, OpenAIAnswer
+from serving.api.delta import CallDelta, Delta, Usage
 from serving.api.errors import ApiError, validation_error
 from serving.api.sse import DONE, error_event, event
-from serving.engine.request import RequestStats, TokenOutput
+from serving.engine.request import TokenOutput
 from tests.model.oracle import NANO
 
 TOKENIZER = Tokenizer.from_directory(NANO, ModelConfig.from_directory(NANO))
@@ -79,42 +80,76 @@ def test_a_refusal_names_the_field_and_not_its_value(
 def delta() -> Delta:
     tokens = TOKENIZER.encode_text("hi 🎉")
     outputs = [TokenOutput("r", token, -0.5, [(token, -0.5), (5, -1.0)]) for token in tokens]
-    return Delta("hi 🎉", outputs, list(range(len(tokens))), "length")
+    call = CallDelta(0, "{}", "call_1", "f")
+    return Delta("hi 🎉", outputs, list(range(len(tokens))), [call], "length")
 
 
-USED = usage([RequestStats(3, 1, 2), RequestStats(3, 0, 4), RequestStats(5, 5, 1)], per_prompt=2)
+USED = Usage(prompt_tokens=8, cached_tokens=6, completion_tokens=7)
 
 
-def test_prompts_count_once_however_many_choices_they_have() -> None:
-    assert USED == {
-        "prompt_tokens": 8,
-        "completion_tokens": 7,
-        "total_tokens": 15,
-        "prompt_tokens_details": {"cached_tokens": 6},
-    }
-    assert CompletionUsage.model_validate(USED).total_tokens == 15
+def answer(shape: type[OpenAIAnswer], return_token_ids: bool = False) -> OpenAIAnswer:
+    made = shape("r", "nano", TOKENIZER, True, True, return_token_ids)
+    made.prompts = [[1, 2], [3]]
+    return made
 
 
 @pytest.mark.parametrize(
-    ("answer", "whole", "chunk"),
+    ("shape", "whole", "chunk"),
     [
-        (CompletionAnswer("r", "nano", TOKENIZER), Completion, Completion),
-        (ChatAnswer("r", "nano", TOKENIZER), ChatCompletion, ChatCompletionChunk),
+        (CompletionAnswer, Completion, Completion),
+        (ChatAnswer, ChatCompletion, ChatCompletionChunk),
     ],
 )
 def test_openais_own_types_read_every_body(
-    answer: Answer,
+    shape: type[OpenAIAnswer],
     whole: type[Completion | ChatCompletion],
     chunk: type[Completion | ChatCompletionChunk],
 ) -> None:
-    logprobs = answer.logprobs(delta())
-    body = answer.whole([answer.choice(0, delta(), logprobs)], USED)
-    assert whole.model_validate(body, strict=True).id == body["id"]
-    for choices in ([answer.piece(0, delta(), logprobs)], answer.opening(0), []):
-        sent = json.loads(event(answer.chunk(choices, USED))[6:])
-        assert chunk.model_validate(sent).id == body["id"]
+    it = answer(shape)
+    body = it.whole([delta()], USED)
+    read = whole.model_validate(body)
+    assert read.id == body["id"]
+    assert read.usage == CompletionUsage.model_validate(
+        {
+            "prompt_tokens": 8,
+            "completion_tokens": 7,
+            "total_tokens": 15,
+            "prompt_tokens_details": {"cached_tokens": 6},
+        }
+    )
+    events = [*it.opening(2), *it.piece(0, delta()), *it.closing(USED)]
+    assert events.pop() == DONE
+    for sent in events:
+        assert chunk.model_validate(json.loads(sent[6:])).id == body["id"]
+
+
+@pytest.mark.parametrize("shape", [CompletionAnswer, ChatAnswer])
+def test_token_ids_are_each_prompts_own(shape: type[OpenAIAnswer]) -> None:
+    ids = TOKENIZER.encode_text("hi 🎉")
+    choices = answer(shape, return_token_ids=True).whole([delta()] * 4, USED)["choices"]
+    assert [choice["token_ids"] for choice in choices] == [ids] * 4
+    assert [choice["prompt_token_ids"] for choice in choices] == [[1, 2], [1, 2], [3], [3]]
 
 
 def test_bytes_of_a_cut_character_are_exact() -> None:
-    content = ChatAnswer("r", "nano", TOKENIZER).logprobs(delta())["content"]
+    choice = answer(ChatAnswer).whole([delta()], USED)["choices"][0]
+    content = choice["logprobs"]["content"]
     assert b"".join(bytes(entry["bytes"]) for entry in content) == "hi 🎉".encode()
+
+
+def test_the_token_itself_is_always_among_the_likeliest() -> None:
+    unlikely = Delta("x", [TokenOutput("r", 300, -9.0, [(301, -0.1)])], [0], [], "stop")
+    logprobs = answer(CompletionAnswer).whole([unlikely], USED)["choices"][0]["logprobs"]
+    (top,) = logprobs["top_logprobs"]
+    assert sorted(top.values()) == [-9.0, -0.1]
+    assert top[logprobs["tokens"][0]] == -9.0
+
+
+def test_tokens_that_are_half_a_character_do_not_fall_together() -> None:
+    halves = TOKENIZER.encode_text("🎉")
+    assert len(halves) > 1
+    outputs = [TokenOutput("r", token, -1.0, [(t, -1.0) for t in halves]) for token in halves]
+    cut = Delta("🎉", outputs, [0] * len(halves), [], "length")
+    logprobs = answer(CompletionAnswer).whole([cut], USED)["choices"][0]["logprobs"]
+    assert all(len(top) == len(set(halves)) for top in logprobs["top_logprobs"])
+    assert logprobs["tokens"][0].startswith("bytes:\\x")

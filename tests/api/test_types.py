@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
+from serving.api.chat import ChatRequest
+from serving.api.completions import CompletionRequest
 from serving.api.errors import ApiError, validation_error
-from serving.api.types import ChatRequest, CompletionRequest
+from serving.api.strict import Refused
 
 VALID: dict[type[BaseModel], dict[str, Any]] = {
     CompletionRequest: {"model": "nano", "prompt": "x"},
@@ -66,8 +68,7 @@ def test_an_unknown_field_is_refused_by_name(shape: type[BaseModel], name: str) 
 REFUSED = [
     (shape, name)
     for shape, name in FIELDS
-    if refusal(shape, VALID[shape] | {name: {"any": "thing"}}) is not None
-    and "does not support" in refusal(shape, VALID[shape] | {name: {"any": "thing"}}).message  # type: ignore[union-attr]
+    if any(isinstance(mark, Refused) for mark in shape.model_fields[name].metadata)
 ]
 
 
@@ -112,4 +113,3 @@ def test_prompts_are_told_apart() -> None:
     assert prompts(["x", "y"]) == ["x", "y"]
     assert prompts([1, 2]) == [[1, 2]]
     assert prompts([[1, 2], [3]]) == [[1, 2], [3]]
-    assert prompts([]) == []

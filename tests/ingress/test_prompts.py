@@ -11,15 +11,16 @@ from transformers import AutoTokenizer
 
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer
+from serving.api.chat import ChatRequest, Message
 from serving.api.errors import ApiError
-from serving.api.types import ChatRequest, Message
-from serving.ingress.prompts import ChatTemplate, Prompts
+from serving.ingress.prompts import ChatTemplate, Prompts, Turn
+from serving.ingress.tools import conversation
 from tests.model.oracle import NANO
 
 TOKENIZER = Tokenizer.from_directory(NANO, ModelConfig.from_directory(NANO))
 HF = AutoTokenizer.from_pretrained(NANO)
 SHARED = Path(__file__).parents[3] / "shared" / "data"
-PROMPTS = Prompts(TOKENIZER, max_tokens=100_000)
+PROMPTS = Prompts(TOKENIZER, max_tokens=100_000, fim=True)
 CONVERSATION = [
     {"role": "system", "content": "You write Python."},
     {"role": "user", "content": "Write `f`.\n\nShort."},
@@ -28,8 +29,8 @@ CONVERSATION = [
 ]
 
 
-def messages(turns: list[dict[str, str]]) -> list[Message]:
-    return [Message.model_validate(turn) for turn in turns]
+def messages(turns: list[dict[str, str]]) -> list[Turn]:
+    return conversation([Message.model_validate(turn) for turn in turns], None)
 
 
 async def test_a_conversation_has_the_ids_that_transformers_gives_it() -> None:
@@ -101,7 +102,7 @@ async def test_content_parts_are_joined() -> None:
     }
     parts = ChatRequest.model_validate(body).messages
     whole = messages([{"role": "user", "content": "def f"}])
-    assert await PROMPTS.chat(parts) == await PROMPTS.chat(whole)
+    assert await PROMPTS.chat(conversation(parts, None)) == await PROMPTS.chat(whole)
 
 
 async def test_a_lone_surrogate_is_an_error_and_not_a_crash() -> None:
@@ -112,7 +113,7 @@ async def test_a_lone_surrogate_is_an_error_and_not_a_crash() -> None:
 
 async def test_a_lone_surrogate_in_a_long_conversation_is_an_error_too() -> None:
     with pytest.raises(ApiError) as caught:
-        await PROMPTS.chat([Message(role="user", content="x" * 5000 + "\ud800")])
+        await PROMPTS.chat([Turn("user", "x" * 5000 + "\ud800")])
     assert caught.value.status == 400
 
 
@@ -146,7 +147,7 @@ def test_a_developer_is_a_system_to_the_template() -> None:
 
 
 async def test_a_model_without_a_template_has_no_chat() -> None:
-    bare = Prompts(replace(TOKENIZER, chat_template=None), max_tokens=100)
+    bare = Prompts(replace(TOKENIZER, chat_template=None), max_tokens=100, fim=True)
     with pytest.raises(ApiError, match="no chat template"):
         await bare.chat(messages(CONVERSATION))
 
@@ -160,4 +161,4 @@ async def test_token_ids_are_checked() -> None:
 
 async def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded() -> None:
     with pytest.raises(ApiError, match="exceeds the context"):
-        await Prompts(TOKENIZER, max_tokens=10).completion("x" * 10_000)
+        await Prompts(TOKENIZER, max_tokens=10, fim=True).completion("x" * 10_000)

@@ -60,7 +60,7 @@ async def test_a_chat_stream_has_one_role_one_finish_usage_and_an_end() -> None:
     finishes = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
     assert [reason for reason in finishes if reason] == ["stop"]
     assert finishes[-1] == "stop"
-    assert all("usage" not in chunk for chunk in chunks)
+    assert all(chunk["usage"] is None for chunk in chunks)
 
 
 async def test_length_is_the_reason_when_max_tokens_ends_it() -> None:
@@ -192,13 +192,19 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "too long": (COMPLETION | {"max_tokens": 5000}, 400, "maximum context length is 4096"),
     "other model": (COMPLETION | {"model": "x"}, 404, "'nano'"),
     "unknown": (COMPLETION | {"speed": 1}, 400, "speed"),
-    "suffix": (COMPLETION | {"suffix": "x"}, 400, "suffix"),
+    "suffix": (COMPLETION | {"suffix": "x", "echo": True}, 400, "suffix"),
+    "nothing": (COMPLETION | {"max_tokens": 0}, 400, "echo"),
+    "best": (COMPLETION | {"n": 3, "best_of": 2}, 400, "best_of"),
+    "streamed best": (COMPLETION | {"best_of": 2, "stream": True}, 400, "best_of"),
+    "allowed": (COMPLETION | {"allowed_token_ids": [4096]}, 400, "vocabulary"),
+    "stop id": (COMPLETION | {"stop_token_ids": [4096]}, 400, "vocabulary"),
+    "salt": (COMPLETION | {"cache_salt": "two words"}, 400, "printable"),
     "n": (COMPLETION | {"n": 17}, 400, "1 to 16"),
     "no prompt": ({"model": "nano"}, 400, "prompt"),
     "bias": (COMPLETION | {"logit_bias": {"4096": 1}}, 400, "vocabulary"),
     "huge bias": (COMPLETION | {"logit_bias": {"9" * 5000: 1}}, 400, "token ids"),
     "token": (COMPLETION | {"prompt": [4096]}, 400, "vocabulary"),
-    "no text": (COMPLETION | {"prompt": []}, 400, "1 to 16"),
+    "no text": (COMPLETION | {"prompt": []}, 400, "empty"),
     "no tokens": (COMPLETION | {"prompt": [[]]}, 400, "empty"),
     "prompts": (COMPLETION | {"prompt": ["x"] * 17}, 400, "1 to 16"),
     "long prompt": (COMPLETION | {"prompt": [1] * 4096}, 400, "maximum context length"),
@@ -229,8 +235,11 @@ async def test_what_a_chat_message_may_not_hold_is_named() -> None:
     image = {"type": "image_url", "image_url": {"url": "http://example.org/x.png"}}
     async with stack(SCRIPT) as it:
         for message, word in (
-            (turn | {"tool_calls": []}, "messages[0].tool_calls"),
-            ({"role": "user"}, "messages[0].content"),
+            (
+                turn | {"tool_calls": [{"id": "1", "function": {"name": "f", "arguments": ""}}]},
+                "messages",
+            ),
+            ({"role": "user"}, "content"),
             (turn | {"role": "tool"}, "messages"),
             (turn | {"content": [image]}, "messages"),
             (turn | {"content": None}, "messages"),

@@ -8,7 +8,7 @@ import pytest
 
 from model.tokenizer import Detokenizer
 from serving.engine.request import RequestStats
-from serving.ingress.service import EventStream
+from serving.ingress.streams import EventStream
 from serving.ingress.text import StopStrings
 from tests.ingress.stack import END, Stack, stack
 from tests.ingress.test_routes import CHAT, COMPLETION, SCRIPT, TEXT, TOKENIZER, events

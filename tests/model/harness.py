@@ -141,7 +141,7 @@ class Gang:
         end = live.computed + count
         while len(live.pages) * PAGE_TOKENS < end:
             live.pages.append(self._free_pages[live.column].pop())
-        return Span(live.computed, count, live.pages, wants_logits=True)
+        return Span(live.computed, count, live.pages, logits=1)
 
     def _run_stage(
         self, stage: int, states: list[Tensor], contexts: list[StepContext]

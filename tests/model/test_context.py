@@ -10,9 +10,9 @@ CPU = torch.device("cpu")
 
 def test_rows_follow_the_spans() -> None:
     spans = [
-        Span(start=62, count=4, pages=[5, 2], wants_logits=True),
+        Span(start=62, count=4, pages=[5, 2], logits=1),
         Span(start=3, count=1, pages=[7]),
-        Span(start=128, count=1, pages=[1, 4, 9, 8], wants_logits=True),
+        Span(start=128, count=1, pages=[1, 4, 9, 8], logits=1),
     ]
     context = StepContext.build(spans, CPU)
     assert context.rows == 6

@@ -269,7 +269,7 @@ def test_a_bias_outside_the_vocabulary_fails_its_row_alone() -> None:
     bad = SamplingParams(temperature=0.0, logit_bias=((VOCAB, 1.0), (-1, 100.0)))
     good = SamplingRow(SamplingParams(temperature=0.0), 0)
     chosen = sample(logits, [good, SamplingRow(bad, 0), good])
-    assert chosen[1].error == f"logit_bias names token {VOCAB}; the vocabulary has {VOCAB}"
+    assert chosen[1].error == f"the request names token {VOCAB}; the vocabulary has {VOCAB}"
     assert [chosen[0], chosen[2]] == sample(logits[[0, 2]], [good, good])
 
 

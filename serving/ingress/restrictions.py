@@ -1,0 +1,84 @@
+"""What a text must be, as grammars: from the request's fields, checked before it is let in."""
+
+import asyncio
+import json
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from typing import Any
+
+from llguidance import LLMatcher
+from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+
+from model.tokenizer import Tokenizer
+from serving.api.errors import ApiError
+from serving.api.sampling import StructuredOutputs
+from serving.grammar import GrammarCompiler, GrammarError
+
+# How `json.dumps` writes: what a model of code knows best, and no room for endless blanks.
+JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_COMPILE_TIMEOUT_S = 10.0
+_REMEMBERED = 1024
+
+
+def grammar_of(wanted: StructuredOutputs) -> str:
+    """The grammar of a restriction, not checked."""
+    if wanted.regex is not None:
+        return LLMatcher.grammar_from_regex(wanted.regex)
+    if wanted.choice is not None:
+        options = " | ".join(json.dumps(option) for option in wanted.choice)
+        return LLMatcher.grammar_from_lark(f"start: {options}")
+    if wanted.grammar is not None:
+        return LLMatcher.grammar_from_lark(any_to_lark(wanted.grammar))
+    return LLMatcher.grammar_from_json_schema(_schema(wanted), defaults=JSON_STYLE)
+
+
+def lark_of(wanted: StructuredOutputs) -> str:
+    """A restriction to JSON as an expression inside a Lark grammar."""
+    return f"%json {json.dumps({**_schema(wanted), 'x-guidance': JSON_STYLE})}"
+
+
+def _schema(wanted: StructuredOutputs) -> dict[str, Any]:
+    return wanted.json_ if wanted.json_ is not None else {"type": "object"}
+
+
+class Restrictions:
+    """Checks grammars in a thread of its own, and remembers which were good."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._compiler = self._pool.submit(GrammarCompiler, tokenizer)
+        self._good: OrderedDict[bytes, None] = OrderedDict()
+
+    async def check(self, make: Callable[[], str], param: str | None) -> str:
+        """The grammar that `make` makes, if it can be compiled within the limits.
+
+        Raises:
+            ApiError: 400, it cannot.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(_COMPILE_TIMEOUT_S):
+                return await loop.run_in_executor(self._pool, self._checked, make)
+        except GrammarError as error:
+            raise ApiError(400, f"The grammar cannot be used: {error}.", param) from error
+        except TimeoutError:
+            raise ApiError(400, "The grammar took too long to compile.", param) from None
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _checked(self, make: Callable[[], str]) -> str:
+        try:
+            grammar = make()
+            name = sha256(grammar.encode()).digest()
+        except (ValueError, RecursionError, GbnfToLarkError) as error:
+            raise GrammarError("it is not valid") from error
+        if name not in self._good:
+            self._compiler.result().compile(grammar)
+            if len(self._good) == _REMEMBERED:
+                self._good.popitem(last=False)
+        self._good[name] = None
+        self._good.move_to_end(name)
+        return grammar
