@@ -21,7 +21,7 @@ from serving.config import Settings
 from serving.engine.plan import StepPlan, StepResult
 from serving.engine.request import Request
 from serving.gang.gang import GangStartError
-from serving.offline import Completion, LocalEngine, local_engine
+from serving.local_engine import Completion, LocalEngine, local_engine
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,6 +102,11 @@ class IngressSettings(_Settings):
     max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024)
     max_choices: int = Field(16, ge=1, le=128, description="`n` × prompts of one request")
     max_logprobs: int = Field(20, ge=0)
+    stored_responses: int = Field(
+        0, ge=0, description="answers of /v1/responses that are kept; 0: storing is off"
+    )
+    stored_bytes: int = Field(256 * 1024 * 1024, ge=0, description="their size at most")
+    stored_s: float = Field(24 * 3600.0, gt=0, description="how long one is kept at most")
     api_keys_file: Path | None = Field(
         None, description="one `name:key` per line; without it the server is open"
     )

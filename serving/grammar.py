@@ -7,11 +7,16 @@ passes the second. The limits bound the time and the memory of one grammar: its 
 takes about 0.1 s at most and its states a few tens of megabytes.
 """
 
+from typing import Any
+
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from model.tokenizer import Tokenizer
 
 MAX_GRAMMAR_BYTES = 256 * 1024
+
+# How `json.dumps` writes: what a model of code knows best, and no room for endless blanks.
+JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class GrammarError(Exception):
@@ -75,8 +80,7 @@ def _reason(error: str) -> str:
         "Resource": "it refers to a schema that is not part of it",
         "regex": "a regular expression in it is not valid or not supported",
         "Expected": "its syntax is not valid",
-        "Unknown": "it refers to a rule that does not exist",
-        "undefined": "it refers to a rule that does not exist",
+        "unknown name": "it refers to a rule that does not exist",
         "fuel": "it is too complex",
         "too large": "it is too large",
         "too big": "it is too large",

@@ -1,183 +1,128 @@
-"""Engine, gang and network together, as processes of this machine, without Ray."""
+"""`LLM`: generation from a script, as people know it from elsewhere."""
 
-import asyncio
+import json
 import os
-import random
-import signal
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
-import torch
 
-from model.sampling_params import SamplingParams
-from serving.config import Settings
-from serving.engine.loop import GangFailure
-from serving.engine.request import Request, RequestError
-from serving.gang.gang import GangStartError
-from serving.gang.processes import ProcessLauncher
-from serving.offline import Completion, GenerationFailed, LocalEngine, local_engine
+from serving.offline import LLM, SamplingParams
 from tests.model.oracle import oracle
-from tests.waiting import until
+from tests.test_local_engine import expected
 
-GREEDY = SamplingParams(temperature=0.0)
-
-
-def settings(tmp_path: Path, stages: int = 1, ranks: int = 1, **gang: Any) -> Settings:
-    return Settings.model_validate(
-        {
-            "model": {"dtype": "float32"},
-            "gang": {
-                "stages": stages,
-                "expert_parallel": ranks,
-                "cache_tokens": 4096,
-                "start_timeout_s": 120,
-                **gang,
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
+PROMPTS = ["def main():\n", "import os\n\n", "for i in range(10):"]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "add",
+            "parameters": {
+                "type": "object",
+                "properties": {"a": {"type": "integer"}},
+                "required": ["a"],
+                "additionalProperties": False,
             },
-            "telemetry": {"targets_directory": tmp_path / "targets", "log_level": "WARNING"},
-        }
-    )
+        },
+    }
+]
 
 
-def prompts(count: int) -> list[list[int]]:
-    numbers = random.Random(5)
-    return [[4091, *numbers.choices(range(4000), k=5 + 11 * i)] for i in range(count)]
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM("nano", stages=2, dtype="float32", settings={"gang": {"cache_tokens": 4096}}) as it:
+        yield it
 
 
-def expected(prompt: list[int], tokens: int) -> list[int]:
-    """What transformers generates greedily."""
-    ids = torch.tensor([prompt])
-    with torch.inference_mode():
-        out = oracle("nano").reference.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
-            eos_token_id=-1, pad_token_id=0,
-        )  # fmt: skip
-    return list(out[0, len(prompt) :].tolist())
+def test_greedy_text_is_that_of_transformers(llm: LLM) -> None:
+    outputs = llm.generate(PROMPTS, GREEDY, progress=False)
+    assert [output.prompt for output in outputs] == PROMPTS
+    for output in outputs:
+        (choice,) = output.outputs
+        assert choice.token_ids == expected(output.prompt_token_ids, 12)
+        assert choice.text == llm.tokenizer.decode(choice.token_ids)
+        assert choice.finish_reason == "length"
 
 
-async def generate(engine: LocalEngine, requests: list[Request]) -> list[list[int]]:
-    return [completion.token_ids for completion in await engine.generate(requests)]
+def test_one_prompt_may_be_given_alone_as_text_or_as_ids(llm: LLM) -> None:
+    (text,) = llm.generate(PROMPTS[0], GREEDY, progress=False)
+    (ids,) = llm.generate(text.prompt_token_ids, GREEDY, progress=False)
+    assert ids.outputs[0].token_ids == text.outputs[0].token_ids
+    assert ids.prompt is None
 
 
-async def assert_nothing_is_held(engine: LocalEngine) -> None:
-    await until(lambda: engine.scheduler.idle)
-    engine.scheduler.check_integrity()
-    assert all(column.held == 0 for column in engine.scheduler.stats().columns)
+def test_choices_differ_and_a_seed_repeats_them(llm: LLM) -> None:
+    params = SamplingParams(n=3, temperature=1.0, seed=7, max_tokens=8, logprobs=2)
+    (first,), (again,) = (llm.generate(PROMPTS[0], params, progress=False) for _ in range(2))
+    texts = [choice.text for choice in first.outputs]
+    assert len(set(texts)) == 3
+    assert texts == [choice.text for choice in again.outputs]
+    logprobs = first.outputs[0].logprobs
+    assert logprobs is not None
+    assert [len(entry.top) for entry in logprobs] == [2] * 8
+
+
+def test_a_prompt_can_be_scored(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+    (output,) = llm.generate(PROMPTS[0], params, progress=False)
+    logprobs = oracle("nano").logits(output.prompt_token_ids).log_softmax(dim=1)
+    assert output.prompt_logprobs is not None
+    assert output.prompt_logprobs[0].logprob is None
+    for place, entry in enumerate(output.prompt_logprobs[1:]):
+        assert entry.logprob == pytest.approx(float(logprobs[place, entry.token]), abs=1e-4)
+
+
+def test_a_stop_string_ends_the_text(llm: LLM) -> None:
+    (whole,) = llm.generate(PROMPTS[0], GREEDY, progress=False)
+    stop = whole.outputs[0].text[4:7]
+    params = SamplingParams(temperature=0.0, max_tokens=12, stop=stop)
+    (cut,) = llm.generate(PROMPTS[0], params, progress=False)
+    assert cut.outputs[0].text == whole.outputs[0].text.partition(stop)[0]
+    assert (cut.outputs[0].finish_reason, cut.outputs[0].stop_reason) == ("stop", stop)
+
+
+def test_the_middle_is_filled_in(llm: LLM) -> None:
+    fim = llm.tokenizer.fim
+    assert fim is not None
+    (output,) = llm.generate("a = ", GREEDY, suffixes=["\nprint(a)"], progress=False)
+    ids = output.prompt_token_ids
+    assert [ids.index(token) for token in (fim.begin, fim.hole, fim.end)] == [
+        1,
+        2 + len(llm.tokenizer.encode_text("a = ")),
+        len(ids) - 1,
+    ]
+
+
+def test_chat_can_call_tools_and_follow_a_schema(llm: LLM) -> None:
+    talk = [{"role": "user", "content": "Add."}]
+    params = SamplingParams(temperature=1.0, seed=1, max_tokens=300)
+    (output,) = llm.chat(talk, params, tools=TOOLS, tool_choice="required", progress=False)
+    assert output.outputs[0].tool_calls
+    assert isinstance(json.loads(output.outputs[0].tool_calls[0].arguments)["a"], int)
+    choice = SamplingParams(structured_outputs={"choice": ["yes", "no"]}, max_tokens=9)
+    outputs = llm.chat([talk, talk], choice, progress=False)
+    assert [output.outputs[0].text in ("yes", "no") for output in outputs] == [True, True]
 
 
 @pytest.mark.parametrize(
-    ("stages", "ranks", "exchange"), [(1, 1, "gather"), (2, 2, "gather"), (2, 2, "all_to_all")]
+    ("fields", "words"),
+    [
+        ({"temperature": 3.0}, "temperature"),
+        ({"max_tokens": 10**6}, "room"),
+        ({"n": 0}, "n"),
+        ({"structured_outputs": {"regex": "("}}, "regular expression"),
+        ({"allowed_token_ids": [4096]}, "vocabulary"),
+    ],
 )
-async def test_greedy_text_is_that_of_transformers(
-    tmp_path: Path, stages: int, ranks: int, exchange: str
-) -> None:
-    async with local_engine(settings(tmp_path, stages, ranks, exchange=exchange)) as engine:
-        requests = [Request(f"r{i}", p, 64, GREEDY) for i, p in enumerate(prompts(5))]
-        for request, tokens in zip(requests, await generate(engine, requests), strict=True):
-            assert tokens == expected(request.prompt, 64)
-        await assert_nothing_is_held(engine)
+def test_what_cannot_be_used_is_a_value_error(llm: LLM, fields: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        llm.generate("x", SamplingParams(**fields), progress=False)
+    assert llm.generate("x", GREEDY, progress=False)
 
 
-async def test_a_sequence_decodes_the_same_alone_and_among_31_others(tmp_path: Path) -> None:
-    sampled = [
-        SamplingParams(temperature=0.9, top_p=0.9, seed=seed, frequency_penalty=0.2 * (seed % 2))
-        for seed in range(16)
-    ]
-    params = [GREEDY] * 16 + sampled
-    async with local_engine(settings(tmp_path, 2, 2)) as engine:
-        wanted = [
-            Request(f"together{i}", prompt, 12, params[i]) for i, prompt in enumerate(prompts(32))
-        ]
-        together = await generate(engine, wanted)
-        for index in (0, 7, 16, 23, 31):
-            alone = Request(f"alone{index}", wanted[index].prompt, 12, params[index], tenant="own")
-            assert (await generate(engine, [alone]))[0] == together[index]
-
-
-async def test_a_cached_prefix_changes_no_token(tmp_path: Path) -> None:
-    prompt = prompts(20)[-1]
-    async with local_engine(settings(tmp_path, 2, 1)) as engine:
-        first = await engine.generate([Request("first", prompt, 16, GREEDY)])
-        again = await engine.generate([Request("again", prompt, 16, GREEDY)])
-        stats = [completion.tokens[-1].stats for completion in first + again]
-    assert again[0].token_ids == first[0].token_ids
-    assert [stat.cached_tokens for stat in stats if stat] == [0, len(prompt) // 64 * 64]
-
-
-async def test_preemption_changes_no_token(tmp_path: Path) -> None:
-    wanted = [Request(f"r{i}", prompt, 48, GREEDY) for i, prompt in enumerate(prompts(8))]
-    async with local_engine(settings(tmp_path, 2, 1, cache_tokens=384)) as engine:
-        got = await generate(engine, wanted)
-        preemptions = engine.scheduler.stats().preemptions
-        await assert_nothing_is_held(engine)
-    assert preemptions > 0
-    assert got == [expected(request.prompt, 48) for request in wanted]
-
-
-async def test_streams_that_are_left_at_random_leak_nothing(tmp_path: Path) -> None:
-    numbers = random.Random(3)
-
-    async def one(engine: LocalEngine, index: int, prompt: list[int]) -> None:
-        leave_after = numbers.choice([0, 1, 3, 1000])
-        count = 0
-        async for _ in engine.stream(Request(f"r{index}", prompt, 24, GREEDY)):
-            count += 1
-            if count > leave_after:
-                break
-
-    async with local_engine(settings(tmp_path, 2, 2)) as engine:
-        for round_ in range(3):
-            batch = [one(engine, 100 * round_ + i, p) for i, p in enumerate(prompts(16))]
-            await asyncio.gather(*batch)
-        await assert_nothing_is_held(engine)
-
-
-async def test_a_request_that_can_never_fit_is_refused(tmp_path: Path) -> None:
-    async with local_engine(settings(tmp_path)) as engine:
-        with pytest.raises(RequestError, match="exceed the limit of 4096"):
-            await engine.generate([Request("long", [1] * 4000, 97, GREEDY)])
-        with pytest.raises(RequestError, match="outside the vocabulary"):
-            await engine.generate([Request("outside", [4091, 4096], 2, GREEDY)])
-        assert (await generate(engine, [Request("good", [4091, 5], 3, GREEDY)]))[0]
-
-
-async def test_a_killed_rank_fails_what_runs_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    launchers: list[ProcessLauncher] = []
-
-    class Noted(ProcessLauncher):
-        def __init__(self) -> None:
-            super().__init__()
-            launchers.append(self)
-
-    monkeypatch.setattr("serving.offline.ProcessLauncher", Noted)
-    async with local_engine(settings(tmp_path, 2, 2)) as engine:
-        running: asyncio.Task[list[Completion]] = asyncio.create_task(
-            engine.generate([Request("r", prompts(1)[0], 3000, GREEDY)])
-        )
-        await until(lambda: engine.scheduler.stats().running == 1)
-        os.kill(launchers[0].pids[3], signal.SIGKILL)
-        with pytest.raises(GenerationFailed, match="gone"):
-            await asyncio.wait_for(running, 15)
-        with pytest.raises(GangFailure):
-            await engine.running
-    assert not [pid for pid in launchers[0].pids if os.path.exists(f"/proc/{pid}")]
-
-
-async def test_a_checkpoint_that_cannot_be_read_ends_the_start(tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    source = Settings().model.directory
-    for name in ("config.json", "tokenizer.json"):
-        (broken / name).write_bytes((source / name).read_bytes())
-    whole = (source / "model.safetensors").read_bytes()
-    (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    wanted = settings(tmp_path, 2, 1)
-    wanted = wanted.model_copy(
-        update={"model": wanted.model.model_copy(update={"path": str(broken)})}
-    )
-    with pytest.raises(GangStartError, match=r"model\.safetensors") as caught:
-        async with local_engine(wanted):
-            pass
-    assert caught.value.user_error
+def test_nothing_is_left_running() -> None:
+    with LLM("nano", expert_parallel=2, settings={"gang": {"cache_tokens": 4096}}) as it:
+        pids = it._engine.gang._launcher.pids  # type: ignore[attr-defined]
+        assert all(os.path.exists(f"/proc/{pid}") for pid in pids)
+    assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+    it.close()

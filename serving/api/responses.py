@@ -1,28 +1,25 @@
 """The request of `POST /v1/responses`, OpenAI's newer dialect, as a chat request."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
     BeforeValidator,
-    Discriminator,
     Field,
     Tag,
-    ValidationError,
-    field_validator,
     model_validator,
 )
 
 from serving.api.chat import MAX_MESSAGES, MAX_TOOLS, ChatRequest, FunctionName
-from serving.api.errors import ApiError, validation_error
-from serving.api.sampling import Count, Sampling
+from serving.api.dialect import CallId, by_type, translated
+from serving.api.errors import ApiError
+from serving.api.response_store import STORING_IS_OFF, ResponseStore
+from serving.api.sampling import Count
 from serving.api.strict import NO_EFFECT, Refused, Strict
-from serving.ingress.response_store import ResponseStore
 
 LOGPROBS = "message.output_text.logprobs"
-_STORING_IS_OFF = "Storing responses is off on this server"
 _CHAT_NAMES = {
     "messages": "input",
     "max_completion_tokens": "max_output_tokens",
@@ -30,51 +27,12 @@ _CHAT_NAMES = {
     "logprobs": "include",
 }
 
-CallId = Annotated[str, Field(min_length=1, max_length=256)]
 Ignored = Annotated[str | None, Field(max_length=1024), NO_EFFECT]
 Status = Annotated[Literal["in_progress", "completed", "incomplete"] | None, NO_EFFECT]
+# There is no reasoning here that could be left out of an answer.
+Included = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]
 MetadataKey = Annotated[str, Field(max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
-
-
-def by_type(reason: str, absent: str | None = None) -> Discriminator:
-    """Tells the members of a union apart by their `type`.
-
-    Args:
-        reason: what the client is told of a type that is none of theirs.
-        absent: the type of an object that does not say.
-    """
-
-    def tag(value: Any) -> str | None:
-        if isinstance(value, dict):
-            value = value.get("type", absent)
-        else:  # a string where the union has one, or a member already made
-            value = getattr(value, "type", value)
-        return value if isinstance(value, str) else None
-
-    return Discriminator(tag, custom_error_type="type", custom_error_message=reason)
-
-
-def translated(fields: Mapping[str, Any], names: Mapping[str, str]) -> ChatRequest:
-    """A chat request made from another dialect's fields.
-
-    Args:
-        fields: by the chat request's names; None stands for a field that is left out.
-        names: what the dialect calls those fields that it has another name for.
-
-    Raises:
-        ApiError: 400, the chat request refuses one of them, or their combination.
-    """
-    given = {name: value for name, value in fields.items() if value is not None}
-    try:
-        return ChatRequest.model_validate(given)
-    except ValidationError as error:
-        details = error.errors(include_input=False, include_url=False, include_context=False)
-        for detail in details:
-            if detail["loc"]:
-                name = str(detail["loc"][0])
-                detail["loc"] = (names.get(name, name), *detail["loc"][1:])
-        raise validation_error(details) from None
 
 
 def _echoable(value: dict[str, Any]) -> dict[str, Any]:
@@ -247,7 +205,7 @@ class ResponsesRequest(Strict):
     instructions: str | None = None
     previous_response_id: str | None = Field(None, max_length=256)
     store: bool | None = Field(None, description="null: yes, where the server stores at all")
-    include: list[Literal["message.output_text.logprobs"]] | None = Field(None, max_length=8)
+    include: list[Included] | None = Field(None, max_length=8)
     max_output_tokens: Count | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
     parallel_tool_calls: bool | None = None
@@ -283,7 +241,97 @@ class ResponsesRequest(Strict):
     moderation: Annotated[None, Refused()] = None
     prompt: Annotated[None, Refused("this server keeps no prompt templates")] = None
 
-    @field_validator("cache_salt")
-    @classmethod
-    def _printable(cls, salt: str | None) -> str | None:
-        return Sampling._printable(salt)
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError(f"top_logprobs needs {LOGPROBS} in include")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is only allowed with stream: true")
+        return self
+
+    @property
+    def logprobs(self) -> bool:
+        return LOGPROBS in (self.include or ())
+
+    def kept(self, store: ResponseStore | None) -> bool:
+        """Whether the response is to be found later."""
+        return store is not None and self.store is not False
+
+    def chat(self, store: ResponseStore | None, tenant: str) -> ChatRequest:
+        """The request as a chat request; its messages begin with the previous response's.
+
+        Args:
+            store: None where storing is off.
+
+        Raises:
+            ApiError: 400, storing is off or the previous response unknown, or the chat request
+                refuses a field.
+        """
+        if store is None and self.store:
+            message = f"{STORING_IS_OFF}: leave out store, or set it to false."
+            raise ApiError(400, message, "store")
+        messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        messages += self._past(store, tenant)
+        messages += _messages(self.input)
+        same = {"model", "temperature", "top_p", "parallel_tool_calls", "stream"}
+        own = {"top_k", "min_p", "repetition_penalty", "cache_salt", "priority"}
+        fields = {
+            "messages": messages,
+            "max_completion_tokens": self.max_output_tokens,
+            "tools": [_chat_tool(tool) for tool in self.tools] if self.tools else None,
+            "tool_choice": self._chat_tool_choice,
+            "response_format": self.text.format.chat if self.text and self.text.format else None,
+            "logprobs": self.logprobs or None,
+            "top_logprobs": self.top_logprobs if self.logprobs else None,
+        }
+        return translated({**self.model_dump(include=same | own), **fields}, _CHAT_NAMES)
+
+    def past_of_next(self, chat: ChatRequest) -> list[dict[str, Any]]:
+        """The messages that a next response builds on: all of these but the instructions."""
+        messages = chat.messages[1:] if self.instructions else chat.messages
+        return [message.model_dump(exclude_none=True) for message in messages]
+
+    @property
+    def _chat_tool_choice(self) -> str | dict[str, Any] | None:
+        choice = self.tool_choice
+        return choice if choice is None or isinstance(choice, str) else choice.chat
+
+    def _past(self, store: ResponseStore | None, tenant: str) -> list[dict[str, Any]]:
+        name = self.previous_response_id
+        if name is None:
+            return []
+        if store is None:
+            message = f"{STORING_IS_OFF}: send the whole conversation as input."
+            raise ApiError(400, message, "previous_response_id")
+        found = store.find(tenant, name)
+        if found is None:
+            message, code = "The previous response was not found.", "previous_response_not_found"
+            raise ApiError(400, message, "previous_response_id", code)
+        return found.conversation
+
+
+def _chat_tool(tool: FunctionTool) -> dict[str, Any]:
+    function = tool.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
+    return {"type": "function", "function": function}
+
+
+def _messages(items: Sequence[InputMessage | InputCall | InputResult]) -> list[dict[str, Any]]:
+    """Items as chat messages; calls belong to the assistant's message before them."""
+    messages: list[dict[str, Any]] = []
+    for item in items:
+        if isinstance(item, InputMessage):
+            messages.append({"role": item.role, "content": _text(item.content)})
+        elif isinstance(item, InputResult):
+            output = _text(item.output)
+            messages.append({"role": "tool", "tool_call_id": item.call_id, "content": output})
+        else:
+            function = {"name": item.name, "arguments": item.arguments}
+            call = {"id": item.call_id, "type": "function", "function": function}
+            if not messages or messages[-1]["role"] != "assistant":
+                messages.append({"role": "assistant", "tool_calls": []})
+            messages[-1].setdefault("tool_calls", []).append(call)
+    return messages
+
+
+def _text(parts: Sequence[TextPart]) -> str:
+    return "".join(part.text for part in parts)

@@ -78,6 +78,12 @@ class PromptScores:
     logprobs: list[float]
     tops: list[list[tuple[int, float]]]
 
+    def fill(self, prompt: list[TokenOutput]) -> None:
+        """Writes the scores to the prompt's own tokens."""
+        places = range(self.start, self.start + len(self.logprobs))
+        for place, logprob, top in zip(places, self.logprobs, self.tops, strict=True):
+            prompt[place].logprob, prompt[place].top = logprob, top
+
     @property
     def ends(self) -> bool:
         return False

@@ -118,9 +118,7 @@ class Generation:
         if not self.request.scored:
             return prompt
         for scores in await self._inbox.read_scores(len(prompt) - 1):
-            places = range(scores.start, scores.start + len(scores.logprobs))
-            for place, logprob, top in zip(places, scores.logprobs, scores.tops, strict=True):
-                prompt[place].logprob, prompt[place].top = logprob, top
+            scores.fill(prompt)
         return prompt
 
     def _count(self, tokens: list[TokenOutput]) -> None:

@@ -5,6 +5,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -13,11 +14,10 @@ from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 
 from model.tokenizer import Tokenizer
 from serving.api.errors import ApiError
-from serving.api.sampling import StructuredOutputs
-from serving.grammar import GrammarCompiler, GrammarError
+from serving.api.sampling import Sampling, StructuredOutputs
+from serving.grammar import JSON_STYLE, GrammarCompiler, GrammarError
+from serving.ingress.tools import Tools
 
-# How `json.dumps` writes: what a model of code knows best, and no room for endless blanks.
-JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _COMPILE_TIMEOUT_S = 10.0
 _REMEMBERED = 1024
 
@@ -51,12 +51,21 @@ class Restrictions:
         self._compiler = self._pool.submit(GrammarCompiler, tokenizer)
         self._good: OrderedDict[bytes, None] = OrderedDict()
 
-    async def check(self, make: Callable[[], str], param: str | None) -> str:
-        """The grammar that `make` makes, if it can be compiled within the limits.
+    async def grammar(self, body: Sampling, tools: Tools | None = None) -> str | None:
+        """What the whole text of an answer must be, checked; None: anything.
 
         Raises:
-            ApiError: 400, it cannot.
+            ApiError: 400, it cannot be compiled within the limits.
         """
+        param, wanted = next(iter(body.restrictions.items()), (None, None))
+        if tools is not None:
+            answer = None if wanted is None else lark_of(wanted)
+            return await self._check(partial(tools.grammar, answer), "tools")
+        if wanted is not None:
+            return await self._check(partial(grammar_of, wanted), param)
+        return None
+
+    async def _check(self, make: Callable[[], str], param: str | None) -> str:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(_COMPILE_TIMEOUT_S):

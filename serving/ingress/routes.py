@@ -22,6 +22,11 @@ from serving.api.errors import (
     on_http_exception,
     validation_error,
 )
+from serving.api.messages import CountTokensRequest, MessagesRequest
+from serving.api.messages_answer import MessagesAnswer, messages_error
+from serving.api.response_store import ResponseStore, delete_response, stored_response
+from serving.api.responses import ResponsesRequest
+from serving.api.responses_answer import ResponsesAnswer
 from serving.api.tokens import DetokenizeRequest, TokenizeRequest
 from serving.config import Settings
 from serving.ingress.auth import ApiKeys
@@ -53,6 +58,7 @@ class Routes:
         self._keys = ApiKeys(settings.ingress.api_keys_file)
         self._created = int(time.time())
         self._operations = Operations(fleet)
+        self._store = _response_store(settings)
 
     def app(self) -> FastAPI:
         api = FastAPI(title="Expertline", openapi_url=None)
@@ -61,6 +67,11 @@ class Routes:
         api.add_exception_handler(Exception, on_exception)
         api.add_api_route("/v1/completions", self.completions, methods=["POST"])
         api.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
+        api.add_api_route("/v1/responses", self.responses, methods=["POST"])
+        api.add_api_route("/v1/responses/{name}", self.stored_response)
+        api.add_api_route("/v1/responses/{name}", self.delete_response, methods=["DELETE"])
+        api.add_api_route("/v1/messages", self.messages, methods=["POST"])
+        api.add_api_route("/v1/messages/count_tokens", self.count_tokens, methods=["POST"])
         api.add_api_route("/tokenize", self.tokenize, methods=["POST"])
         api.add_api_route("/detokenize", self.detokenize, methods=["POST"])
         api.add_api_route("/tokenizer_info", self.tokenizer_info)
@@ -79,6 +90,44 @@ class Routes:
 
     async def chat(self, request: Request) -> Response:
         return await self._answer(request, "chat", ChatRequest, self._service.chat)
+
+    async def responses(self, request: Request) -> Response:
+        async def answer(body: ResponsesRequest, origin: Origin) -> Response:
+            chat = body.chat(self._store, origin.tenant)
+            shape = ResponsesAnswer(
+                origin.request_id,
+                self._service.check_model(body.model),
+                self._service.tokenizer,
+                body,
+                chat,
+                self._store,
+                origin.tenant,
+            )
+            return await self._service.chat(chat, origin, shape)
+
+        return await self._answer(request, "responses", ResponsesRequest, answer)
+
+    async def stored_response(self, request: Request, name: str) -> Response:
+        return JSONResponse(stored_response(self._store, self._tenant(request), name))
+
+    async def delete_response(self, request: Request, name: str) -> Response:
+        return JSONResponse(delete_response(self._store, self._tenant(request), name))
+
+    async def messages(self, request: Request) -> Response:
+        async def answer(body: MessagesRequest, origin: Origin) -> Response:
+            model = self._service.check_model(body.model)
+            shape = MessagesAnswer(origin.request_id, model, self._service.tokenizer, body)
+            return await self._service.chat(body.chat(), origin, shape)
+
+        return await self._answer(request, "messages", MessagesRequest, answer, messages_error)
+
+    async def count_tokens(self, request: Request) -> Response:
+        async def answer(body: CountTokensRequest, origin: Origin) -> Response:
+            self._service.check_model(body.model)
+            ids = await self._service.chat_prompt(body.chat())
+            return JSONResponse({"input_tokens": len(ids)})
+
+        return await self._answer(request, "other", CountTokensRequest, answer, messages_error)
 
     async def tokenize(self, request: Request) -> Response:
         async def answer(body: TokenizeRequest, origin: Origin) -> Response:
@@ -200,6 +249,15 @@ class Routes:
             "owned_by": "expertline",
             "max_model_len": self._fleet.max_request_tokens,
         }
+
+
+def _response_store(settings: Settings) -> ResponseStore | None:
+    ingress = settings.ingress
+    if not ingress.stored_responses:
+        return None
+    return ResponseStore(
+        ingress.stored_responses, ingress.stored_bytes, ingress.stored_s, time.monotonic
+    )
 
 
 def _parse(shape: type[Body], body: bytes) -> Body:

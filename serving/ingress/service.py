@@ -5,7 +5,6 @@ import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
@@ -23,7 +22,7 @@ from serving.engine.request import Request
 from serving.ingress.fleet import FleetClient
 from serving.ingress.generation import Generation
 from serving.ingress.prompts import Prompts
-from serving.ingress.restrictions import Restrictions, grammar_of, lark_of
+from serving.ingress.restrictions import Restrictions
 from serving.ingress.sampling import SamplingRules
 from serving.ingress.streams import Choice, EventStream, merged
 from serving.ingress.text import TextStream
@@ -106,7 +105,7 @@ class GenerationService:
             logprobs=0 if ranks else body.logprobs,
             prompt_logprobs=self._prompt_logprobs(body),
             echo=[self._written(prompt) for prompt in prompts] if body.echo else None,
-            grammar=await self._grammar(body),
+            grammar=await self._restrictions.grammar(body),
         )
         return await self._respond(job)
 
@@ -137,7 +136,7 @@ class GenerationService:
             body.n or 1,
             body.n or 1,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            grammar=await self._grammar(body, tools),
+            grammar=await self._restrictions.grammar(body, tools),
             tools=tools,
         )
         return await self._respond(job)
@@ -176,16 +175,6 @@ class GenerationService:
 
     def _written(self, prompt: str | list[int]) -> str:
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
-
-    async def _grammar(self, body: Sampling, tools: Tools | None = None) -> str | None:
-        """What the whole text must be, checked; None: anything."""
-        param, wanted = next(iter(body.restrictions.items()), (None, None))
-        if tools is not None:
-            answer = None if wanted is None else lark_of(wanted)
-            return await self._restrictions.check(partial(tools.grammar, answer), "tools")
-        if wanted is not None:
-            return await self._restrictions.check(partial(grammar_of, wanted), param)
-        return None
 
     def _generations(self, job: _Job) -> list[Choice]:
         """One for each prompt and choice, prompt by prompt."""

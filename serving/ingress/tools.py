@@ -24,8 +24,8 @@ from typing import Any, Literal
 
 from serving.api.chat import ChatRequest, Function, Message, NamedTool, tool_arguments
 from serving.api.delta import CallDelta, Delta
+from serving.grammar import JSON_STYLE
 from serving.ingress.prompts import Turn
-from serving.ingress.restrictions import JSON_STYLE
 from serving.ingress.text import StopStrings
 
 BEGIN = "<tool_call>"
@@ -99,7 +99,7 @@ class Tools:
         return "%llguidance {}\n" + "\n".join(rules) + "\n"
 
     def parser(self) -> "CallParser":
-        return CallParser(self.named)
+        return CallParser(self.named, self.mode == "required")
 
 
 def conversation(messages: Sequence[Message], tools: Tools | None) -> list[Turn]:
@@ -143,10 +143,12 @@ class CallParser:
 
     Args:
         named: the client named the function, so that a call is no finish reason of its own.
+        required: the answer has no text.
     """
 
-    def __init__(self, named: bool) -> None:
+    def __init__(self, named: bool, required: bool) -> None:
         self._named = named
+        self._required = required
         self._calls = 0
         self._text = StopStrings([BEGIN])
         self._rest = ""  # of a call, not parsed yet
@@ -159,8 +161,8 @@ class CallParser:
         while text:
             text = self._step(text, delta)
         if delta.finish_reason is not None:
-            if self._inside == "text":
-                delta.text += self._text.flush()
+            if self._inside == "text" and not (self._required or self._calls):
+                delta.text += self._text.flush()  # else the beginning of a call that was cut off
             if self._calls and not self._named and delta.finish_reason == "stop":
                 delta.finish_reason = "tool_calls"
         return delta

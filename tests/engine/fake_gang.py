@@ -22,6 +22,7 @@ from serving.engine.plan import (
     RankPlan,
     RankResult,
     Sample,
+    Score,
     Slice,
     StepPlan,
     StepResult,
@@ -50,6 +51,17 @@ def rows_of(tokens: Sequence[int], sampling: SamplingParams) -> list[int]:
         row = row_after(row, token)
         rows.append(row)
     return rows
+
+
+def score_of(row: int, token: int) -> float:
+    """How likely a prompt token is after a position with this cache row."""
+    return float(-(hash((row, token, "score")) % 1000))
+
+
+def undisturbed_scores(request: Request) -> list[float]:
+    """Scores of all prompt tokens but the first."""
+    rows = rows_of(request.prompt, request.sampling)
+    return [score_of(row, token) for row, token in zip(rows, request.prompt[1:], strict=False)]
 
 
 def sampled(row: int) -> int:
@@ -103,7 +115,7 @@ class _Rank:
         self._cache: list[list[int | None]] = [[None] * page_tokens for _ in range(pages)]
         self.residents: dict[int, _Resident] = {}
 
-    def step(self, plan: RankPlan) -> list[Sample]:
+    def step(self, plan: RankPlan) -> tuple[list[Sample], list[Score]]:
         for finished in plan.finished:
             del self.residents[finished]
         for new in plan.new:
@@ -119,7 +131,8 @@ class _Rank:
             self._write(piece)
         for piece in plan.slices:
             self._check_past(piece)
-        return [self._sample(piece) for piece in plan.slices if piece.sample]
+        samples = [self._sample(piece) for piece in plan.slices if piece.sample]
+        return samples, [self._score(piece) for piece in plan.slices if piece.score]
 
     def _check_past(self, piece: Slice) -> None:
         resident = self.residents[piece.id]
@@ -149,6 +162,16 @@ class _Rank:
             return Sample(piece.id, 0, error=POISON_MESSAGE)
         return Sample(piece.id, sampled(resident.rows[piece.start + piece.count - 1]))
 
+    def _score(self, piece: Slice) -> Score:
+        resident = self.residents[piece.id]
+        end = min(piece.start + piece.count, resident.new.prompt_tokens - 1)
+        scores = [
+            score_of(resident.rows[position], resident.tokens[position + 1])
+            for position in range(piece.start, end)
+        ]
+        assert scores, "a score of nothing"
+        return Score(piece.id, piece.start + 1, scores, [[] for _ in scores])
+
 
 @dataclass(slots=True)
 class _Told:
@@ -158,6 +181,7 @@ class _Told:
     tokens: int
     pages: list[int] = field(default_factory=list)
     end: int | None = None  # of the last slice
+    scored: bool = False
 
 
 class FakeGang:
@@ -202,9 +226,10 @@ class FakeGang:
         """Runs the next step of one stage on all its ranks."""
         plan, results = self._queues[stage].popleft()
         for column, rank in enumerate(self._ranks[stage]):
-            samples = rank.step(plan.columns[column])
-            last = stage == self.limits.stages - 1
-            results.append(RankResult(plan.step, stage, column, samples if last else []))
+            samples, scores = rank.step(plan.columns[column])
+            if stage < self.limits.stages - 1:
+                samples, scores = [], []
+            results.append(RankResult(plan.step, stage, column, samples, scores))
         if stage + 1 < self.limits.stages:
             self._queues[stage + 1].append((plan, results))
         else:
@@ -232,7 +257,8 @@ class FakeGang:
             for new in column.new:
                 assert new.id not in self._told, "a sequence lives on one column"
                 assert 0 < new.prompt_tokens <= len(new.tokens)
-                self._told[new.id] = _Told(index, len(new.tokens))
+                scored = new.sampling.prompt_logprobs is not None
+                self._told[new.id] = _Told(index, len(new.tokens), scored=scored)
             for piece in column.slices:
                 self._check_slice(index, piece)
             ids = [piece.id for piece in column.slices]
@@ -254,7 +280,8 @@ class FakeGang:
         told.pages += piece.pages
         told.end = piece.start + piece.count
         assert told.end <= told.tokens, "rows of tokens that nobody has told, or a sample awaited"
-        assert piece.sample == (told.end == told.tokens)
+        only_scored = told.scored and told.end == told.tokens and not piece.sample
+        assert piece.sample == (told.end == told.tokens) or only_scored
         assert len(told.pages) * self._page_tokens >= told.end
         assert len(told.pages) == len(set(told.pages))
         assert DUMMY_PAGE not in told.pages

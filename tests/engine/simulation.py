@@ -6,9 +6,17 @@ from unittest.mock import patch
 
 from model.sampling_params import SamplingParams
 from serving.engine import pages, prefix, scheduler, sequence
-from serving.engine.request import Finish, FinishReason, Request, RequestStats, TokenOutput
+from serving.engine.request import (
+    Finish,
+    FinishReason,
+    Output,
+    PromptScores,
+    Request,
+    RequestStats,
+    TokenOutput,
+)
 from serving.engine.scheduler import EngineLimits, Scheduler
-from tests.engine.fake_gang import POISON, FakeGang, undisturbed
+from tests.engine.fake_gang import POISON, FakeGang, undisturbed, undisturbed_scores
 
 SMALL_PAGE = 4
 TENANTS = ("", "acme", "umbrella")
@@ -43,8 +51,13 @@ def request(
     tenant: str = "",
     priority: int = 0,
     poisoned: bool = False,
+    scored: bool = False,
 ) -> Request:
-    sampling = SamplingParams(seed=TENANTS.index(tenant), top_k=POISON if poisoned else 0)
+    sampling = SamplingParams(
+        seed=TENANTS.index(tenant),
+        top_k=POISON if poisoned else 0,
+        prompt_logprobs=0 if scored else None,
+    )
     return Request(id, prompt, max_tokens, sampling, stop, tenant, priority)
 
 
@@ -56,6 +69,7 @@ class Simulation:
         self.gang = FakeGang(limits)
         self.requests: dict[str, Request] = {}
         self.tokens: dict[str, list[int]] = {}
+        self.scores: dict[str, list[float]] = {}
         self.reasons: dict[str, FinishReason] = {}
         self.final_stats: dict[str, RequestStats] = {}
         self.live: list[str] = []
@@ -66,6 +80,7 @@ class Simulation:
             self.scheduler.add(request)
             self.requests[request.id] = request
             self.tokens[request.id] = []
+            self.scores[request.id] = []
             self.live.append(request.id)
             self.scheduler.check_integrity()
 
@@ -88,7 +103,7 @@ class Simulation:
         self.gang.submit(plan)
         return True
 
-    def deliver(self) -> list[TokenOutput | Finish]:
+    def deliver(self) -> list[Output]:
         """The oldest step comes back."""
         outputs = self.scheduler.complete(self.gang.take_result())
         self.scheduler.check_integrity()
@@ -96,6 +111,11 @@ class Simulation:
             assert output.request_id in self.live, "news of a request that is over"
             if isinstance(output, TokenOutput):
                 self.tokens[output.request_id].append(output.token)
+            if isinstance(output, PromptScores):
+                assert not self.tokens[output.request_id], "a score after a token"
+                assert output.start == 1 + len(self.scores[output.request_id])
+                self.scores[output.request_id] += output.logprobs
+                continue
             reason = output.reason if isinstance(output, Finish) else output.finish
             assert (reason is None) == (output.stats is None)
             if reason is not None and output.stats is not None:
@@ -131,6 +151,7 @@ class Simulation:
                 assert self.tokens[id] == expected.tokens[: len(self.tokens[id])]
                 continue
             assert (self.tokens[id], self.reasons[id]) == expected
+            assert self.scores[id] == (undisturbed_scores(request) if request.scored else [])
             stats = self.final_stats[id]
             assert stats.prompt_tokens == len(request.prompt)
             assert stats.generated_tokens == len(expected.tokens)

@@ -44,14 +44,16 @@ def random_request(id: str, random: Random, simulation: Simulation) -> Request:
     prompt = prompt[: longest - 1]
     if random.random() < 0.3:
         prompt[-1] = random.randrange(20)
+    scored = random.random() < 0.2
     return request(
         id,
         prompt,
-        max_tokens=random.randint(1, longest - len(prompt)),
+        max_tokens=random.randint(0 if scored else 1, longest - len(prompt)),
         stop=frozenset({0, 1}) if random.random() < 0.3 else frozenset(),
         tenant=random.choice(TENANTS[:2]),
         priority=random.choice([0, 0, 0, -1, 1]),
         poisoned=random.random() < 0.03,
+        scored=scored,
     )
 
 
@@ -125,6 +127,7 @@ class Engine(RuleBasedStateMachine):
         stops=st.booleans(),
         tenant=st.sampled_from(TENANTS),
         priority=st.integers(-1, 1),
+        scored=st.booleans(),
     )
     def add(
         self,
@@ -135,6 +138,7 @@ class Engine(RuleBasedStateMachine):
         stops: bool,
         tenant: str,
         priority: int,
+        scored: bool,
     ) -> None:
         longest = self.simulation.scheduler.limits.max_request_tokens
         prompt = ([family] * shared + own or [family])[: longest - 1]
@@ -146,6 +150,7 @@ class Engine(RuleBasedStateMachine):
                 stop=frozenset(range(8)) if stops else frozenset(),
                 tenant=tenant,
                 priority=priority,
+                scored=scored,
             )
         )
 

@@ -16,7 +16,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from model.sampling import SamplingRow, TokenCounts, sample, uniform
+from model.sampling import SamplingRow, TokenCounts, sample, score, uniform
 from model.sampling_params import MAX_SEED, SamplingParams
 
 VOCAB = 2500  # more than CANDIDATES, so that wide rows are sorted whole
@@ -315,3 +315,72 @@ def test_the_published_vocabulary_takes_milliseconds_a_row() -> None:
     start = time.perf_counter()
     sample(logits, rows)
     assert time.perf_counter() - start < 3.0  # 0.1 s on a quiet core
+
+
+def greedy(**restrictions: object) -> SamplingParams:
+    return SamplingParams(temperature=0.0, **restrictions)  # type: ignore[arg-type]
+
+
+def chosen_token(logits: torch.Tensor, row: SamplingRow) -> int:
+    chosen = sample(logits, [row])[0]
+    assert chosen.error is None
+    return chosen.token
+
+
+def test_nothing_ends_before_min_tokens() -> None:
+    logits = torch.zeros(1, 10)
+    logits[0, 3], logits[0, 4] = 9.0, 8.0
+    params = greedy(min_tokens=2, end_token_ids=(3,))
+    assert chosen_token(logits, SamplingRow(params, 5, output=[7])) == 4
+    assert chosen_token(logits, SamplingRow(params, 6, output=[7, 7])) == 3
+
+
+def test_a_bad_word_may_begin_but_not_end() -> None:
+    logits = torch.zeros(1, 10)
+    logits[0, 3], logits[0, 4] = 9.0, 8.0
+    params = greedy(bad_words=((1, 2, 3), (5,)))
+    assert chosen_token(logits, SamplingRow(params, 9, output=[1])) == 3
+    assert chosen_token(logits, SamplingRow(params, 9, output=[2, 2])) == 3
+    assert chosen_token(logits, SamplingRow(params, 9, output=[0, 1, 2])) == 4
+    logits[0, 5] = 20.0
+    assert chosen_token(logits, SamplingRow(params, 9, output=[])) == 3
+
+
+def test_only_allowed_tokens_are_drawn() -> None:
+    allowed = (11, 2000, 17)
+    rows = [SamplingRow(SamplingParams(allowed_token_ids=allowed, seed=i), 0) for i in range(200)]
+    drawn = {chosen.token for chosen in sample(logits_of(3).expand(200, -1), rows)}
+    assert drawn == set(allowed)
+
+
+def test_a_mask_restricts_its_row_and_no_other() -> None:
+    logits = logits_of(5, 2)
+    free = [chosen_token(logits[i : i + 1], SamplingRow(greedy(), 0)) for i in range(2)]
+    mask = bytearray(b"\x01" * VOCAB)
+    mask[free[0]] = 0
+    rows = [SamplingRow(greedy(logprobs=0), 0, allowed=bytes(mask)), SamplingRow(greedy(), 0)]
+    masked, other = sample(logits, rows)
+    assert masked.token != free[0]
+    assert other.token == free[1]
+    # What is reported is what the model said, before anything was forbidden.
+    assert masked.logprob == pytest.approx(float(logits[0].log_softmax(0)[masked.token]), abs=1e-5)
+
+
+def test_a_row_without_any_token_left_fails_alone() -> None:
+    logits = logits_of(6, 2)
+    rows = [SamplingRow(greedy(), 0, allowed=bytes(VOCAB)), SamplingRow(greedy(), 0)]
+    failed, fine = sample(logits, rows)
+    assert failed.error == "the request's restrictions leave no token that may come next"
+    assert fine.error is None
+
+
+@pytest.mark.parametrize("count", [1, 63, 64, 130])
+def test_scores_are_the_models_log_probabilities(count: int) -> None:
+    logits = logits_of(8, count)
+    tokens = [(37 * i) % VOCAB for i in range(count)]
+    expected = logits.log_softmax(dim=1)
+    for i, (own, top) in enumerate(score(logits, tokens, 3)):
+        assert own == pytest.approx(float(expected[i, tokens[i]]), abs=1e-5)
+        values = [value for _, value in top]
+        assert values == sorted(expected[i].tolist(), reverse=True)[:3]
+        assert [float(expected[i, token]) for token, _ in top] == values

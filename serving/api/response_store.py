@@ -11,6 +11,9 @@ from typing import Any
 
 import msgspec
 
+from serving.api.errors import ApiError
+
+STORING_IS_OFF = "Storing responses is off on this server"
 _Key = tuple[str, str]
 
 
@@ -100,3 +103,34 @@ class ResponseStore:
         del self._put_at[key]
         self._bytes -= len(encoded)
         return True
+
+
+def stored_response(store: ResponseStore | None, tenant: str, response_id: str) -> dict[str, Any]:
+    """Body of `GET /v1/responses/{id}`.
+
+    Args:
+        store: None where storing is off.
+
+    Raises:
+        ApiError: 404, the tenant has no such response.
+    """
+    found = None if store is None else store.find(tenant, response_id)
+    if found is None:
+        raise _not_found(store)
+    return found.body
+
+
+def delete_response(store: ResponseStore | None, tenant: str, response_id: str) -> dict[str, Any]:
+    """Body of `DELETE /v1/responses/{id}`, once the response is gone.
+
+    Raises:
+        ApiError: 404, the tenant has no such response.
+    """
+    if store is None or not store.delete(tenant, response_id):
+        raise _not_found(store)
+    return {"id": response_id, "object": "response", "deleted": True}
+
+
+def _not_found(store: ResponseStore | None) -> ApiError:
+    message = "The response was not found." if store is not None else f"{STORING_IS_OFF}."
+    return ApiError(404, message)
