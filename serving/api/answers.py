@@ -73,9 +73,19 @@ class OpenAIAnswer(Answer):
         self._tokenizer = tokenizer
         self._include_usage = include_usage
         self._return_token_ids = return_token_ids
+        self._choices = 1  # of a stream
+        self._begun: set[int] = set()  # choices that have had a chunk
+
+    def opening(self, choices: int) -> Iterator[bytes]:
+        self._choices = choices
+        yield from ()
 
     def piece(self, index: int, delta: Delta) -> Iterator[bytes]:
-        yield self._chunk([self._finished(self._part(index, delta), delta)])
+        choice = self._finished(self._part(index, delta), delta)
+        if self._return_token_ids and index not in self._begun:
+            self._begun.add(index)
+            choice["prompt_token_ids"] = self._prompt_of(index, self._choices)
+        yield self._chunk([choice])
 
     def closing(self, usage: Usage) -> Iterator[bytes]:
         if self._include_usage:
@@ -83,10 +93,12 @@ class OpenAIAnswer(Answer):
         yield DONE
 
     def whole(self, choices: Sequence[Delta], usage: Usage) -> dict[str, Any]:
-        finished = [
-            self._finished(self._choice(index, delta), delta, index, len(choices))
-            for index, delta in enumerate(choices)
-        ]
+        finished = []
+        for index, delta in enumerate(choices):
+            choice = self._finished(self._choice(index, delta), delta)
+            if self._return_token_ids:
+                choice["prompt_token_ids"] = self._prompt_of(index, len(choices))
+            finished.append(choice)
         return {**self._head, "object": self.object, "choices": finished, "usage": _usage(usage)}
 
     @abstractmethod
@@ -101,17 +113,17 @@ class OpenAIAnswer(Answer):
     def _logprobs(self, delta: Delta) -> dict[str, Any]:
         """Log-probabilities of a delta's tokens."""
 
-    def _finished(
-        self, choice: dict[str, Any], delta: Delta, index: int = 0, of: int = 0
-    ) -> dict[str, Any]:
+    def _prompt_of(self, index: int, choices: int) -> list[int]:
+        """Ids of the prompt that a choice belongs to: every prompt has as many choices."""
+        return list(self.prompts[index * len(self.prompts) // choices])
+
+    def _finished(self, choice: dict[str, Any], delta: Delta) -> dict[str, Any]:
         """What every choice has, in whole and in part."""
         choice["logprobs"] = self._logprobs(delta) if self.logprobs else None
         choice["finish_reason"] = delta.finish_reason
         if self._return_token_ids:
             generated = delta.tokens[delta.prompt_tokens :]
             choice["token_ids"] = [output.token for output in generated]
-            if of:
-                choice["prompt_token_ids"] = list(self.prompts[index * len(self.prompts) // of])
         return choice
 
     def _chunk(self, choices: list[dict[str, Any]], used: dict[str, Any] | None = None) -> bytes:
@@ -166,12 +178,11 @@ class ChatAnswer(OpenAIAnswer):
     id_prefix = "chatcmpl"
 
     def opening(self, choices: int) -> Iterator[bytes]:
+        yield from super().opening(choices)
         for index in range(choices):
             delta = {"role": "assistant", "content": ""}
-            choice: dict[str, Any] = {"index": index, "delta": delta}
-            if self._return_token_ids:
-                choice["prompt_token_ids"] = list(self.prompts[0])
-            yield self._chunk([{**choice, "logprobs": None, "finish_reason": None}])
+            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+            yield self._chunk([choice])
 
     def _choice(self, index: int, delta: Delta) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": delta.text, "refusal": None}

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from serving import wire
 from serving.config import Settings
-from serving.engine.request import Finish, FinishReason, RequestStats, TokenOutput
+from serving.engine.request import Finish, FinishReason, PromptScores, RequestStats, TokenOutput
 from serving.fleet import (
     ROUTER_CODEC,
     STREAM_CODEC,
@@ -93,6 +93,11 @@ class ScriptedEngine:
 
     async def _speak(self, call: GenerateCall) -> None:
         stats = RequestStats(len(call.prompt) // 4, cached_tokens=0)
+        if call.sampling.prompt_logprobs is not None:
+            self._score(call)
+        if call.max_tokens == 0:
+            finish = Finish(call.request_id, FinishReason.LENGTH, stats=stats)
+            self._send(call, TokenFrame(ended=[finish]))
         script = [*self.script, END] if END in call.stop_token_ids else self.script * 100
         for position, token in enumerate(script[: call.max_tokens]):
             if position == self.fail_after and call.request_id.endswith(self.fail_only):
@@ -109,6 +114,14 @@ class ScriptedEngine:
                 output.finish, output.stats = FinishReason.LENGTH, stats
             self._send(call, TokenFrame(tokens=[output]))
             await asyncio.sleep(0)
+
+    def _score(self, call: GenerateCall) -> None:
+        """Prompt scores, the position being the score, in two frames."""
+        count = len(call.request().prompt)
+        for places in (range(1, count // 2), range(max(1, count // 2), count)):
+            values = [-float(place) for place in places]
+            scores = PromptScores(call.request_id, places.start, values, [[] for _ in values])
+            self._send(call, TokenFrame(scores=[scores]))
 
     def _send(self, call: GenerateCall, frame: TokenFrame) -> None:
         self.streams[call.ingress_id].send(frame)
@@ -154,11 +167,16 @@ class Stack:
 
 @asynccontextmanager
 async def stack(
-    script: list[int], engine_joins: bool = True, engine_tokens: int = 4096, **ingress: Any
+    script: list[int],
+    engine_joins: bool = True,
+    engine_tokens: int = 4096,
+    model: dict[str, Any] | None = None,
+    **ingress: Any,
 ) -> AsyncIterator[Stack]:
     settings = Settings.model_validate(
         {
             "internal_host": HOST,
+            "model": model or {},
             "ingress": ingress,
             "router": {"queue_timeout_s": 2},
         }
