@@ -18,6 +18,41 @@ MAX_GRAMMAR_BYTES = 256 * 1024
 # How `json.dumps` writes: what a model of code knows best, and no room for endless blanks.
 JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
+_NAMED = ("properties", "patternProperties", "$defs", "definitions")  # hold schemas by name
+_DATA = ("enum", "const", "default", "examples")  # hold no schemas
+
+
+def json_schema(schema: dict[str, Any], closed: bool) -> dict[str, Any]:
+    """A schema as the grammars use it, in `JSON_STYLE`.
+
+    Args:
+        closed: objects have the properties that they name and no others, unless the schema says
+            something of the others itself. That is what its author nearly always means, and a
+            model that may invent properties may go on inventing them.
+    """
+    return {**(_closed(schema) if closed else schema), "x-guidance": JSON_STYLE}
+
+
+def _closed(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_closed(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {
+        key: value if key in _DATA else _closed_parts(value) if key in _NAMED else _closed(value)
+        for key, value in schema.items()
+    }
+    if isinstance(schema.get("properties"), dict):
+        made.setdefault("additionalProperties", False)
+    return made
+
+
+def _closed_parts(parts: Any) -> Any:
+    """Schemas by name: the names are no keywords."""
+    if not isinstance(parts, dict):
+        return parts
+    return {name: _closed(schema) for name, schema in parts.items()}
+
 
 class GrammarError(Exception):
     """A grammar that cannot be compiled, or nothing fits it; says nothing of its text."""

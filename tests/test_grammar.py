@@ -9,7 +9,13 @@ from llguidance import LLMatcher
 
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer
-from serving.grammar import MAX_GRAMMAR_BYTES, GrammarCompiler, GrammarError
+from serving.grammar import (
+    JSON_STYLE,
+    MAX_GRAMMAR_BYTES,
+    GrammarCompiler,
+    GrammarError,
+    json_schema,
+)
 from tests.model.oracle import NANO
 
 TOKENIZER = Tokenizer.from_directory(NANO, ModelConfig.from_directory(NANO))
@@ -78,3 +84,29 @@ def test_special_tokens_are_no_text() -> None:
     assert {token for token in special if mask[token]} == {TOKENIZER.eos_id}
     without_text = [t for t in range(TOKENIZER.vocab_size) if not TOKENIZER.token_bytes(t)]
     assert not any(mask[token] for token in without_text)
+
+
+OBJECT = {"type": "object", "properties": {"a": {"type": "integer"}}}
+CLOSED = {**OBJECT, "additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    ("schema", "closed"),
+    [
+        (OBJECT, CLOSED),
+        ({**OBJECT, "additionalProperties": True}, {**OBJECT, "additionalProperties": True}),
+        ({"type": "object"}, {"type": "object"}),
+        ({"anyOf": [OBJECT, {"type": "null"}]}, {"anyOf": [CLOSED, {"type": "null"}]}),
+        ({"type": "array", "items": OBJECT}, {"type": "array", "items": CLOSED}),
+        ({"$defs": {"a": OBJECT}, "$ref": "#/$defs/a"},
+         {"$defs": {"a": CLOSED}, "$ref": "#/$defs/a"}),
+        # A property may be called like a keyword, and data may look like a schema.
+        ({"properties": {"properties": {"type": "string"}, "enum": OBJECT}},
+         {"properties": {"properties": {"type": "string"}, "enum": CLOSED},
+          "additionalProperties": False}),
+        ({"const": OBJECT, "default": OBJECT}, {"const": OBJECT, "default": OBJECT}),
+    ],
+)  # fmt: skip
+def test_objects_are_closed_unless_they_say_otherwise(schema: Any, closed: Any) -> None:
+    assert json_schema(schema, closed=True) == {**closed, "x-guidance": JSON_STYLE}
+    assert json_schema(schema, closed=False) == {**schema, "x-guidance": JSON_STYLE}

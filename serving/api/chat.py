@@ -152,6 +152,7 @@ class ChatRequest(Sampling):
     prompt_cache_retention: Annotated[
         Literal["in_memory", "in-memory", "24h"] | None, NO_EFFECT
     ] = None
+    prompt_cache_options: Annotated[dict[str, Any] | None, NO_EFFECT] = None
     prediction: Annotated[dict[str, Any] | None, NO_EFFECT] = None  # would only save time
     reasoning_effort: Annotated[Literal["none"] | None, NO_EFFECT] = None
     verbosity: Annotated[Literal["medium"] | None, NO_EFFECT] = None
@@ -159,6 +160,7 @@ class ChatRequest(Sampling):
     audio: Annotated[None, Refused("this server answers in text")] = None
     function_call: Annotated[None, Refused("use tool_choice")] = None
     functions: Annotated[None, Refused("use tools")] = None
+    moderation: Annotated[None, Refused()] = None
     web_search_options: Annotated[None, Refused("this server cannot search the web")] = None
 
     @model_validator(mode="after")

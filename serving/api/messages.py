@@ -40,7 +40,10 @@ class TextBlock(Strict):
 
 
 # A string is short for one block.
-Texts = Annotated[list[TextBlock], BeforeValidator(_as_blocks)]
+Texts = Annotated[
+    list[TextBlock],
+    BeforeValidator(_as_blocks, json_schema_input_type=str | list[TextBlock]),
+]
 
 
 class ToolUse(Strict):
@@ -92,7 +95,11 @@ class Turn(Strict):
     """One message; those of one role in a row are one turn, as at Anthropic."""
 
     role: Literal["user", "assistant"]
-    content: Annotated[list[Block], Field(min_length=1), BeforeValidator(_as_blocks)]
+    content: Annotated[
+        list[Block],
+        Field(min_length=1),
+        BeforeValidator(_as_blocks, json_schema_input_type=str | list[Block]),
+    ]
 
     @model_validator(mode="after")
     def _blocks_fit_the_role(self) -> Self:

@@ -63,7 +63,9 @@ class TextPart(Strict):
 
 
 # A string is short for one part.
-Parts = Annotated[list[TextPart], BeforeValidator(_as_parts)]
+Parts = Annotated[
+    list[TextPart], BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart])
+]
 Schema = Annotated[dict[str, Any], AfterValidator(_echoable)]
 
 
@@ -201,7 +203,11 @@ class ResponsesRequest(Strict):
     """Body of `POST /v1/responses`."""
 
     model: str = Field(max_length=256)
-    input: Annotated[list[Item], Field(max_length=MAX_MESSAGES), BeforeValidator(_as_items)]
+    input: Annotated[
+        list[Item],
+        Field(max_length=MAX_MESSAGES),
+        BeforeValidator(_as_items, json_schema_input_type=str | list[Item]),
+    ]
     instructions: str | None = None
     previous_response_id: str | None = Field(None, max_length=256)
     store: bool | None = Field(None, description="null: yes, where the server stores at all")

@@ -1,12 +1,13 @@
 """What operators ask: is it alive, is it ready, which version, how is it doing."""
 
 import asyncio
+import json
 from importlib.metadata import version
 
 import httpx
-from fastapi import FastAPI
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from serving.api.openapi import document
 from serving.ingress.fleet import FleetClient
 from serving.telemetry.exporter import merge_expositions
 from serving.telemetry.logs import get_logger
@@ -22,13 +23,8 @@ class Operations:
     def __init__(self, fleet: FleetClient) -> None:
         self._fleet = fleet
         self._scraper = httpx.AsyncClient(timeout=_SCRAPE_TIMEOUT_S, trust_env=False)
-
-    def add_to(self, api: FastAPI) -> None:
-        api.add_api_route("/livez", self.livez)
-        api.add_api_route("/readyz", self.readyz)
-        api.add_api_route("/health", self.readyz)
-        api.add_api_route("/version", self.version)
-        api.add_api_route("/metrics", self.metrics)
+        self._version = version("expertline")
+        self._openapi = json.dumps(document(self._version)).encode()
 
     async def close(self) -> None:
         await self._scraper.aclose()
@@ -44,7 +40,10 @@ class Operations:
         return PlainTextResponse("ok\n")
 
     async def version(self) -> Response:
-        return JSONResponse({"version": version("expertline")})
+        return JSONResponse({"version": self._version})
+
+    async def openapi(self) -> Response:
+        return Response(self._openapi, media_type="application/json")
 
     async def metrics(self) -> Response:
         """Metrics of the whole fleet, each process's under its own `instance`."""

@@ -15,15 +15,15 @@ from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 from model.tokenizer import Tokenizer
 from serving.api.errors import ApiError
 from serving.api.sampling import Sampling, StructuredOutputs
-from serving.grammar import JSON_STYLE, GrammarCompiler, GrammarError
+from serving.grammar import GrammarCompiler, GrammarError, json_schema
 from serving.ingress.tools import Tools
 
 _COMPILE_TIMEOUT_S = 10.0
 _REMEMBERED = 1024
 
 
-def grammar_of(wanted: StructuredOutputs) -> str:
-    """The grammar of a restriction, not checked."""
+def grammar_of(wanted: StructuredOutputs, closed: bool) -> str:
+    """The grammar of a restriction, not checked; `closed` as in `json_schema`."""
     if wanted.regex is not None:
         return LLMatcher.grammar_from_regex(wanted.regex)
     if wanted.choice is not None:
@@ -31,16 +31,12 @@ def grammar_of(wanted: StructuredOutputs) -> str:
         return LLMatcher.grammar_from_lark(f"start: {options}")
     if wanted.grammar is not None:
         return LLMatcher.grammar_from_lark(any_to_lark(wanted.grammar))
-    return LLMatcher.grammar_from_json_schema(_schema(wanted), defaults=JSON_STYLE)
+    return LLMatcher.grammar_from_json_schema(_schema(wanted, closed))
 
 
-def lark_of(wanted: StructuredOutputs) -> str:
-    """A restriction to JSON as an expression inside a Lark grammar."""
-    return f"%json {json.dumps({**_schema(wanted), 'x-guidance': JSON_STYLE})}"
-
-
-def _schema(wanted: StructuredOutputs) -> dict[str, Any]:
-    return wanted.json_ if wanted.json_ is not None else {"type": "object"}
+def _schema(wanted: StructuredOutputs, closed: bool) -> dict[str, Any]:
+    schema = wanted.json_ if wanted.json_ is not None else {"type": "object"}
+    return json_schema(schema, closed)
 
 
 class Restrictions:
@@ -59,13 +55,12 @@ class Restrictions:
         """
         param, wanted = next(iter(body.restrictions.items()), (None, None))
         if tools is not None:
-            answer = None if wanted is None else lark_of(wanted)
-            return await self._check(partial(tools.grammar, answer), "tools")
+            return await self._check(partial(_tool_grammar, tools, wanted), "tools")
         if wanted is not None:
             return await self._check(partial(grammar_of, wanted), param)
         return None
 
-    async def _check(self, make: Callable[[], str], param: str | None) -> str:
+    async def _check(self, make: Callable[[bool], str], param: str | None) -> str:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(_COMPILE_TIMEOUT_S):
@@ -78,9 +73,16 @@ class Restrictions:
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _checked(self, make: Callable[[], str]) -> str:
+    def _checked(self, make: Callable[[bool], str]) -> str:
+        """The grammar with closed objects; with open ones where nothing fits the closed ones."""
         try:
-            grammar = make()
+            return self._compiled(make, closed=True)
+        except GrammarError:
+            return self._compiled(make, closed=False)
+
+    def _compiled(self, make: Callable[[bool], str], closed: bool) -> str:
+        try:
+            grammar = make(closed)
             name = sha256(grammar.encode()).digest()
         except (ValueError, RecursionError, GbnfToLarkError) as error:
             raise GrammarError("it is not valid") from error
@@ -91,3 +93,8 @@ class Restrictions:
         self._good[name] = None
         self._good.move_to_end(name)
         return grammar
+
+
+def _tool_grammar(tools: Tools, wanted: StructuredOutputs | None, closed: bool) -> str:
+    answer = None if wanted is None else f"%json {json.dumps(_schema(wanted, closed))}"
+    return tools.grammar(answer, closed)

@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from serving.api.chat import ChatRequest
 from serving.api.completions import CompletionRequest
+from serving.api.endpoints import ENDPOINTS
 from serving.api.errors import (
     ApiError,
     on_api_error,
@@ -65,19 +66,12 @@ class Routes:
         api.add_exception_handler(ApiError, on_api_error)
         api.add_exception_handler(HTTPException, on_http_exception)
         api.add_exception_handler(Exception, on_exception)
-        api.add_api_route("/v1/completions", self.completions, methods=["POST"])
-        api.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
-        api.add_api_route("/v1/responses", self.responses, methods=["POST"])
-        api.add_api_route("/v1/responses/{name}", self.stored_response)
-        api.add_api_route("/v1/responses/{name}", self.delete_response, methods=["DELETE"])
-        api.add_api_route("/v1/messages", self.messages, methods=["POST"])
-        api.add_api_route("/v1/messages/count_tokens", self.count_tokens, methods=["POST"])
-        api.add_api_route("/tokenize", self.tokenize, methods=["POST"])
-        api.add_api_route("/detokenize", self.detokenize, methods=["POST"])
-        api.add_api_route("/tokenizer_info", self.tokenizer_info)
-        api.add_api_route("/v1/models", self.models)
-        api.add_api_route("/v1/models/{name:path}", self.model)
-        self._operations.add_to(api)
+        for endpoint in ENDPOINTS:
+            owner = self if hasattr(self, endpoint.name) else self._operations
+            path = endpoint.path.replace("{name}", "{name:path}")  # a model's may hold slashes
+            handler = getattr(owner, endpoint.name)
+            api.add_api_route(path, handler, methods=[endpoint.method])
+        api.add_api_route("/openapi.json", self._operations.openapi)
         return api
 
     async def close(self) -> None:

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from serving.api.chat import ChatRequest, Function, Message, NamedTool, tool_arguments
 from serving.api.delta import CallDelta, Delta
-from serving.grammar import JSON_STYLE
+from serving.grammar import json_schema
 from serving.ingress.prompts import Turn
 from serving.ingress.text import StopStrings
 
@@ -73,11 +73,12 @@ class Tools:
         lines = [json.dumps(_description(f), ensure_ascii=False) for f in self._functions]
         return _INSTRUCTIONS.format(functions="\n".join(lines))
 
-    def grammar(self, text: str | None) -> str:
+    def grammar(self, text: str | None, closed: bool = True) -> str:
         """Lark for the whole answer.
 
         Args:
             text: what an answer without calls has to be, as a Lark expression; None: anything.
+            closed: as in `json_schema`.
         """
         calls = "call (_NEXT call)*" if self._parallel and not self.named else "call"
         rules = []
@@ -94,7 +95,7 @@ class Tools:
         for i, function in enumerate(self._functions):
             head = json.dumps(f"{_NAME}{function.name}{_ARGUMENTS}")
             schema = function.parameters or {"type": "object", "additionalProperties": False}
-            body = json.dumps({**schema, "x-guidance": JSON_STYLE})
+            body = json.dumps(json_schema(schema, closed))
             rules.append(f"call_{i}: {head} %json {body} {json.dumps(_END)}")
         return "%llguidance {}\n" + "\n".join(rules) + "\n"
 
