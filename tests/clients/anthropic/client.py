@@ -49,7 +49,10 @@ def tools() -> None:
     result = {"type": "tool_result", "tool_use_id": use.id, "content": "done"}
     talk = [
         *ASKED["messages"],
-        {"role": "assistant", "content": [block.model_dump(exclude_none=True) for block in first.content]},
+        {
+            "role": "assistant",
+            "content": [block.model_dump(exclude_none=True) for block in first.content],
+        },
         {"role": "user", "content": [result]},
     ]
     last = client.messages.create(**(ASKED | {"messages": talk, "max_tokens": 8}))

@@ -12,7 +12,12 @@ QUESTIONS = {
     "import os\nprint(os.path.": ["join('a', 'b'))", "jion(", "exists('x'))\n", "zzz"],
     "def add(a, b):\n    return": [" a + b", " a - b", " None", "\n\n"],
     "for i in range(": ["10):\n", "i):", "len(x)):\n    x", "class"],
-    "class Reader:\n    def __init__(self": ["):\n", ", path):\n        self.path = path", "", " x"],
+    "class Reader:\n    def __init__(self": [
+        "):\n",
+        ", path):\n        self.path = path",
+        "",
+        " x",
+    ],
 }
 TOLERANCE = 1e-3
 
@@ -25,7 +30,11 @@ def main() -> None:
         if answer
     ]
     reference = lm_eval.models.huggingface.HFLM(
-        pretrained=CHECKPOINT, dtype="float32", device="cpu", batch_size=1
+        pretrained=CHECKPOINT,
+        dtype="float32",
+        device="cpu",
+        batch_size=1,
+        add_bos_token=True,
     ).loglikelihood(requests)
     served = lm_eval.models.openai_completions.LocalCompletionsAPI(
         model="nano",
@@ -35,6 +44,7 @@ def main() -> None:
         tokenized_requests=True,
         num_concurrent=4,
         max_length=2048,
+        add_bos_token=True,
     ).loglikelihood(requests)
     assert len(served) == len(reference) == len(requests)
     for request, (ours, our_greedy), (theirs, their_greedy) in zip(
