@@ -4,13 +4,17 @@ PORT ?= 8000
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: serve test lint bench clean
+.PHONY: serve test test-clients lint bench clean
 
 serve: $(READY)
 	$(BIN)/expertline up --model nano --stages 2 --expert-parallel 2 --port $(PORT)
 
 test: $(READY)
 	$(BIN)/pytest
+
+# Other people's clients, each in an environment of its own under .clients/.
+test-clients: $(READY)
+	$(BIN)/python tests/clients/run.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -30,5 +34,15 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+# The browser that tests/console drives; without it those tests are skipped, not failed.
+.PHONY: chromium
+chromium:
+	@if command -v chromium >/dev/null; then exit 0; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } \
+			|| echo "chromium could not be installed: its tests will be skipped"; \
+	else echo "chromium is not on PATH (Debian: apt-get install chromium): its tests will be skipped"; \
+	fi
+
 clean:
-	rm -rf .venv .bench build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .clients .peers .bench build *.egg-info .pytest_cache .mypy_cache .ruff_cache

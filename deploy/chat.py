@@ -1,8 +1,13 @@
 """`expertline chat`: a conversation in the terminal, streamed."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
+import readline
+import sys
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,6 +16,15 @@ from rich.console import Console
 from deploy.errors import UsageError
 
 _CONNECT_S = 5.0
+_HISTORY_LINES = 1000
+_END_OF_TEXT = "."
+_CLEAR = "-"
+_NOT_OPENAI = "what answers is not an OpenAI-compatible server"
+# What a model writes is not to move the cursor or to change colours: only line feed and tab stay.
+_NO_CONTROLS = {code: "�" for code in (*range(32), 127, *range(128, 160)) if code not in (9, 10)}
+
+Body = dict[str, Any]
+Turn = dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +39,12 @@ class ChatOptions:
     api_key: str | None
 
 
+class ServerError(Exception):
+    """The server refused, failed or went away; one line, and the program goes on."""
+
+
 def talk(options: ChatOptions, console: Console) -> None:
-    """Reads lines until end of input; Ctrl-C stops an answer, and the program only when idle.
+    """Reads lines until end of input. Ctrl-C stops an answer or clears a line, nothing more.
 
     Raises:
         UsageError: no server there, or it refuses us.
@@ -34,77 +52,90 @@ def talk(options: ChatOptions, console: Console) -> None:
     headers = {"authorization": f"Bearer {options.api_key}"} if options.api_key else {}
     timeout = httpx.Timeout(None, connect=_CONNECT_S)
     with httpx.Client(base_url=options.url, headers=headers, timeout=timeout) as client:
-        model = options.model or _first_model(client)
-        console.print(f"{model} at {options.url}; end with Ctrl-D", style="dim")
-        turns: list[dict[str, str]] = []
-        if options.system:
-            turns.append({"role": "system", "content": options.system})
-        while (line := _read_line()) is not None:
-            if not line.strip():
-                continue
-            turns.append({"role": "user", "content": line})
-            answer = _answer(client, model, turns, options, console)
-            turns.append({"role": "assistant", "content": answer})
+        server = Server(client, options.temperature, options.max_tokens)
+        try:
+            models = server.models()
+        except ServerError as error:
+            raise UsageError(f"{options.url}: {error}") from error
+        model = options.model or models[0]
+        if model not in models:
+            raise UsageError(f"{options.url}: no model {model} there, but {', '.join(models)}")
+        console.print(f"{model} at {options.url}; /help lists commands, Ctrl-D ends", style="dim")
+        Talk(server, console, model, options.system or "").run()
 
 
-def _read_line() -> str | None:
-    try:
-        return input("> ")
-    except (EOFError, KeyboardInterrupt):
-        print()
-        return None
+@dataclass(frozen=True, slots=True)
+class Server:
+    """An OpenAI-compatible server, and how it is to sample."""
 
+    client: httpx.Client
+    temperature: float | None
+    max_tokens: int | None
 
-def _first_model(client: httpx.Client) -> str:
-    try:
-        response = client.get("/v1/models")
-    except httpx.HTTPError as error:
-        reason = type(error).__name__
-        raise UsageError(f"{client.base_url}: no server answers ({reason})") from error
-    if response.status_code != 200:
-        raise UsageError(f"{client.base_url}: {_message(response)}")
-    return str(response.json()["data"][0]["id"])
-
-
-def _answer(
-    client: httpx.Client,
-    model: str,
-    turns: list[dict[str, str]],
-    options: ChatOptions,
-    console: Console,
-) -> str:
-    body: dict[str, Any] = {"model": model, "messages": turns, "stream": True}
-    if options.temperature is not None:
-        body["temperature"] = options.temperature
-    if options.max_tokens is not None:
-        body["max_tokens"] = options.max_tokens
-    said = ""
-    try:
-        for text in _stream(client, body):
-            said += text
-            console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
-    except KeyboardInterrupt:
-        console.print(" [stopped]", style="dim", markup=False, end="")
-    console.print()
-    return said
-
-
-def _stream(client: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
-    try:
-        with client.stream("POST", "/v1/chat/completions", json=body) as response:
+    def models(self) -> list[str]:
+        """Names of its models, at least one."""
+        try:
+            response = self.client.get("/v1/models")
             if response.status_code != 200:
-                response.read()
-                raise UsageError(_message(response))
-            for line in response.iter_lines():
-                if not line.startswith("data: ") or line == "data: [DONE]":
-                    continue
-                event = json.loads(line[len("data: ") :])
-                if "error" in event:
-                    raise UsageError(event["error"]["message"])
-                for choice in event["choices"]:
-                    yield choice["delta"].get("content") or ""
-    except httpx.HTTPError as error:
-        raise UsageError(f"the connection was lost ({type(error).__name__})") from error
+                raise ServerError(_message(response))
+            names = [str(model["id"]) for model in response.json()["data"]]
+        except httpx.HTTPError as error:
+            raise ServerError(f"no server answers ({type(error).__name__})") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ServerError(_NOT_OPENAI) from error
+        if not names:
+            raise ServerError("the server has no model")
+        return names
+
+    def chat(self, model: str, messages: list[Turn]) -> Generator[str]:
+        """The next turn, piece by piece."""
+        for choice in self._stream("/v1/chat/completions", model, {"messages": messages}):
+            yield choice["delta"].get("content") or ""
+
+    def middle(self, model: str, prefix: str, suffix: str) -> Generator[str]:
+        """What belongs between the two, piece by piece."""
+        for choice in self._stream("/v1/completions", model, {"prompt": prefix, "suffix": suffix}):
+            yield choice["text"]
+
+    def _stream(self, path: str, model: str, body: Body) -> Iterator[Body]:
+        """Choices as they come; closing the iterator closes the connection."""
+        body = {"model": model, **body, "stream": True}
+        if self.temperature is not None:
+            body["temperature"] = self.temperature
+        if self.max_tokens is not None:
+            body["max_tokens"] = self.max_tokens
+        try:
+            with self.client.stream("POST", path, json=body) as response:
+                if response.status_code != 200:
+                    response.read()
+                    raise ServerError(_message(response))
+                for event in _events(response):
+                    yield from event["choices"]
+        except httpx.HTTPError as error:
+            raise ServerError(f"the connection was lost ({type(error).__name__})") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ServerError(_NOT_OPENAI) from error
+
+
+def _events(response: httpx.Response) -> Iterator[Body]:
+    """Events up to [DONE].
+
+    Lines are cut by hand: httpx also cuts at U+2028 and the like, which may stand inside JSON.
+    """
+    rest = b""
+    for part in response.iter_bytes():
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            if not line.startswith(b"data:"):
+                continue
+            data = line.removeprefix(b"data:").strip()
+            if data == b"[DONE]":
+                return
+            event = json.loads(data)
+            if "error" in event:
+                raise ServerError(str(event["error"]["message"]))
+            yield event
+    raise ServerError("the connection was closed before the answer was complete")
 
 
 def _message(response: httpx.Response) -> str:
@@ -112,3 +143,190 @@ def _message(response: httpx.Response) -> str:
         return str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return f"HTTP {response.status_code}"
+
+
+class History:
+    """Lines of this and earlier sessions, for the arrow keys; the file is for its owner alone."""
+
+    def __init__(self) -> None:
+        readline.set_auto_history(False)  # the lines of /fim are no lines to repeat
+        readline.parse_and_bind("tab: self-insert")  # code has tabs, and there are no completions
+        readline.set_history_length(_HISTORY_LINES)
+        # A history that cannot be read or kept is no reason not to talk.
+        with suppress(OSError):
+            readline.read_history_file(_history_path())
+
+    def add(self, line: str) -> None:
+        """Remembers a line, at once and for the sessions to come."""
+        readline.add_history(line)
+        path = _history_path()
+        with suppress(OSError):
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+            path.chmod(0o600)
+            readline.append_history_file(1, path)
+
+
+def _history_path() -> Path:
+    state = Path(os.environ.get("XDG_STATE_HOME", ""))
+    if not state.is_absolute():  # the specification: ignored then
+        state = Path.home() / ".local" / "state"
+    return state / "expertline" / "chat_history"
+
+
+@dataclass(slots=True)
+class Talk:
+    """A conversation, and the commands that shape it.
+
+    `turns` alternate: each of the user's has its answer right behind it.
+    """
+
+    server: Server
+    console: Console
+    model: str
+    system: str
+    turns: list[Turn] = field(default_factory=list)
+    over: bool = False
+
+    def run(self) -> None:
+        """Reads and answers until the end of input or `/quit`."""
+        history = History() if sys.stdin.isatty() else None
+        while not self.over:
+            try:
+                line = input("> ")
+                if not line.strip():
+                    continue
+                if history is not None:
+                    history.add(line)
+                self._obey(line) if line.startswith("/") else self._say(line)
+            except EOFError:
+                self.console.print()
+                return
+            except KeyboardInterrupt:
+                self.console.print()
+            except ServerError as error:
+                self._complain(str(error))
+
+    def _say(self, text: str) -> None:
+        """One turn; it is not part of the conversation unless something was answered."""
+        asked = {"role": "user", "content": text}
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        said, stopped = self._show(self.server.chat(self.model, [*system, *self.turns, asked]))
+        if said or not stopped:
+            self.turns += [asked, {"role": "assistant", "content": said}]
+
+    def _show(self, pieces: Generator[str]) -> tuple[str, bool]:
+        """Prints an answer as it comes: what it said, and whether Ctrl-C ended it."""
+        said = ""
+        stopped = False
+        try:
+            # Ctrl-C may come while a piece is printed: the connection is to be closed then too.
+            with closing(pieces):
+                for piece in pieces:
+                    said += piece
+                    self.console.out(piece.translate(_NO_CONTROLS), end="", highlight=False)
+        except KeyboardInterrupt:
+            stopped = True
+            self.console.out(" [stopped]", end="", style="dim", highlight=False)
+        finally:
+            if said or stopped:
+                self.console.print()
+        return said, stopped
+
+    def _obey(self, line: str) -> None:
+        name, _, rest = line.partition(" ")
+        command = _COMMANDS.get(name)
+        if command is None:
+            self._complain(f"no command {name}; /help lists them, a space before it sends the line")
+            return
+        command(self, rest.strip())
+
+    def _set_system(self, text: str) -> None:
+        """TEXT: set the system message; alone: show it; `-`: clear it"""
+        if text:
+            self.system = "" if text == _CLEAR else text
+        self._note(self.system or "no system message")
+
+    def _fill_in(self, _: str) -> None:
+        """fill in the middle: asks for what stands before and after"""
+        self._note(
+            f"before the gap, to the very character; end with a line of one `{_END_OF_TEXT}`"
+        )
+        prefix = _read_text()
+        self._note(f"after the gap; end with a line of one `{_END_OF_TEXT}`")
+        suffix = _read_text()
+        self._show(self.server.middle(self.model, prefix, suffix))
+
+    def _reset(self, _: str) -> None:
+        """forget the conversation; the system message stays"""
+        self.turns.clear()
+        self._note("the conversation is empty")
+
+    def _undo(self, _: str) -> None:
+        """take back the last turn and its answer"""
+        undone = self.turns[-2:]
+        del self.turns[-2:]
+        self._note(f"taken back: {undone[0]['content']}" if undone else "nothing to take back")
+
+    def _save(self, name: str) -> None:
+        """FILE: write the conversation as JSON into a new file"""
+        if not name:
+            self._complain("/save FILE")
+            return
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        body = {"model": self.model, "messages": [*system, *self.turns]}
+        try:
+            with Path(name).expanduser().open("x", encoding="utf-8") as file:
+                json.dump(body, file, ensure_ascii=False, indent=2)
+                file.write("\n")
+        except (OSError, RuntimeError) as error:  # RuntimeError: a ~name that is nobody's
+            self._complain(f"{name}: {getattr(error, 'strerror', None) or error}")
+            return
+        self._note(f"{len(self.turns)} messages in {name}")
+
+    def _use_model(self, name: str) -> None:
+        """NAME: talk to this one from now on; alone: show which there are"""
+        models = self.server.models()
+        if name and name not in models:
+            self._complain(f"no model {name} there, but {', '.join(models)}")
+            return
+        self.model = name or self.model
+        others = [model for model in models if model != self.model]
+        self._note(self.model + (f"; also there: {', '.join(others)}" if others else ""))
+
+    def _help(self, _: str) -> None:
+        """this list"""
+        for name, command in _COMMANDS.items():
+            self._note(f"{name:8} {command.__doc__}")
+        self._note("Ctrl-C stops an answer or clears the line, Ctrl-D ends")
+
+    def _quit(self, _: str) -> None:
+        """end"""
+        self.over = True
+
+    def _note(self, text: str) -> None:
+        self.console.out(text.translate(_NO_CONTROLS), style="dim", highlight=False)
+
+    def _complain(self, text: str) -> None:
+        line = " ".join(text.split()).translate(_NO_CONTROLS)
+        self.console.out(f"error: {line}", style="red", highlight=False)
+
+
+_COMMANDS: dict[str, Callable[[Talk, str], None]] = {
+    "/system": Talk._set_system,
+    "/fim": Talk._fill_in,
+    "/reset": Talk._reset,
+    "/undo": Talk._undo,
+    "/save": Talk._save,
+    "/model": Talk._use_model,
+    "/help": Talk._help,
+    "/quit": Talk._quit,
+}
+
+
+def _read_text() -> str:
+    """Lines up to one of a single dot; the text ends where the last of them ends."""
+    lines = []
+    while (line := input("| ")) != _END_OF_TEXT:
+        lines.append(line)
+    return "\n".join(lines)

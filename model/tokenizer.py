@@ -88,9 +88,11 @@ class Tokenizer:
             ValueError: the text holds half of a surrogate pair and so has no bytes.
         """
         try:
-            return self._encoder.encode(text, add_special_tokens=False).ids
+            # Unlike `encode`, this one lets other threads run meanwhile.
+            (encoding,) = self._encoder.encode_batch_fast([text], add_special_tokens=False)
         except TypeError as error:
             raise ValueError("the text is not valid Unicode: it holds a lone surrogate") from error
+        return encoding.ids
 
     def encode_pieces(self, pieces: Iterable[str | int]) -> list[int]:
         """Ids of text and special tokens in turn: text is encoded, an id stands for itself.

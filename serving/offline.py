@@ -131,9 +131,10 @@ class LLM:
         self.config = ModelConfig.from_directory(directory)
         self.tokenizer = Tokenizer.from_directory(directory, self.config)
         fim = self._settings.model.fills_in_the_middle(self.config)
-        self._prompts = Prompts(self.tokenizer, self.config.max_position_embeddings, fim)
+        self._prompts = Prompts(self.tokenizer, lambda: self._context, fim)
         self._rules = SamplingRules(directory, self.config, self.tokenizer, _EVERYTHING)
         self._restrictions = Restrictions(self.tokenizer)
+        self._context = engine_limits(self._settings).max_request_tokens
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="llm", daemon=True)
         self._thread.start()
@@ -279,7 +280,7 @@ class LLM:
     def _requests(
         self, body: Sampling, params: SamplingParams, prompt: list[int], grammar: str | None
     ) -> list[Request]:
-        room = engine_limits(self._settings).max_request_tokens - len(prompt)
+        room = self._context - len(prompt)
         limit = room if params.max_tokens is None else params.max_tokens
         if not 0 < limit <= room:
             raise ValueError(

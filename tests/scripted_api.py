@@ -6,6 +6,7 @@ Runs uvicorn in a thread of the test's process. Each POST takes the next scripte
 import asyncio
 import json
 import math
+import socket
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -26,12 +27,14 @@ class Scripted:
 
     Args:
         tokens: one event each.
+        text: all of it, in the last event, where the tokens are not the text themselves.
         unsaid: tokens after them that are not part of the text, as an end token is.
         ending: `hang` keeps the stream open until the client goes, `cut` closes it in the middle.
         refused: a message, sent with status 400 in place of a stream.
     """
 
     tokens: tuple[str, ...] = ()
+    text: str = ""
     unsaid: tuple[str, ...] = ()
     ending: Literal["done", "error", "hang", "cut"] = "done"
     error: str = "The engine is gone."
@@ -50,12 +53,19 @@ class Seen:
 
 @dataclass(slots=True)
 class ScriptedApi:
-    """The server as a test sees it; `key` set means that requests without it are refused."""
+    """The server as a test sees it.
+
+    Attributes:
+        key: if set, requests without it are refused.
+        seen: the POSTs so far; `asked` counts those that were not refused for their key.
+        gone: set when a client leaves an answer that hangs.
+    """
 
     url: str = ""
     key: str | None = None
     answers: deque[Scripted] = field(default_factory=deque)
     seen: list[Seen] = field(default_factory=list)
+    asked: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     gone: threading.Event = field(default_factory=threading.Event)
 
     def app(self) -> FastAPI:
@@ -73,6 +83,7 @@ class ScriptedApi:
         self.seen.append(seen)
         if refusal := self._refused(request):
             return refusal
+        self.asked.release()
         answer = self.answers.popleft()
         if answer.refused is not None:
             return JSONResponse({"error": {"message": answer.refused}}, status_code=400)
@@ -88,7 +99,7 @@ class ScriptedApi:
         self, answer: Scripted, choice: Callable[[str, str | None], dict[str, Any]]
     ) -> AsyncIterator[str]:
         for token in answer.tokens:
-            yield _event({"choices": [choice(token, token)]})
+            yield _event({"choices": [choice("" if answer.text else token, token)]})
             await asyncio.sleep(answer.pause_s)
         if answer.ending == "hang":
             try:
@@ -102,14 +113,14 @@ class ScriptedApi:
             return
         for token in answer.unsaid:
             yield _event({"choices": [choice("", token)]})
-        yield _event({"choices": [{**choice("", None), "finish_reason": "stop"}]})
+        yield _event({"choices": [{**choice(answer.text, None), "finish_reason": "stop"}]})
         count = len(answer.tokens) + len(answer.unsaid)
         yield _event({"choices": [], "usage": {"completion_tokens": count}})
         yield "data: [DONE]\n\n"
 
 
 def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body)}\n\n"
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
 
 def alternatives(token: str) -> dict[str, float]:
@@ -124,7 +135,11 @@ def _chat_choice(text: str, token: str | None) -> dict[str, Any]:
         for name, logprob in alternatives(token or "").items()
     ]
     content = [{**entries[0], "top_logprobs": entries[:5]}] if token is not None else []
-    return {"index": 0, "delta": {"content": text} if text else {}, "logprobs": {"content": content}}
+    return {
+        "index": 0,
+        "delta": {"content": text} if text else {},
+        "logprobs": {"content": content},
+    }
 
 
 def _text_choice(text: str, token: str | None) -> dict[str, Any]:
@@ -148,22 +163,14 @@ def scripted_api(extend: Callable[[FastAPI], None] = lambda api: None) -> Iterat
     scripted = ScriptedApi()
     app = scripted.app()
     extend(app)
-    server = uvicorn.Server(
-        uvicorn.Config(app, port=0, log_level="critical", timeout_graceful_shutdown=1)
-    )
-    with _started(server) as port:
-        scripted.url = f"http://127.0.0.1:{port}"
-        yield scripted
-
-
-@contextmanager
-def _started(server: uvicorn.Server) -> Iterator[int]:
-    socket = server.config.bind_socket()
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
-    thread.start()
-    try:
-        yield socket.getsockname()[1]  # it listens as soon as the server has started
-    finally:
-        server.should_exit = True
-        thread.join()
-        socket.close()
+    config = uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listening:  # who comes early waits in line
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            scripted.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+            yield scripted
+        finally:
+            server.should_exit = True
+            thread.join()

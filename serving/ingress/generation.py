@@ -16,7 +16,14 @@ from model.tokenizer import Tokenizer
 from serving.api.delta import Delta
 from serving.api.errors import ApiError
 from serving.engine.prefix import page_hashes
-from serving.engine.request import Finish, FinishReason, Request, RequestStats, TokenOutput
+from serving.engine.request import (
+    Finish,
+    FinishReason,
+    PromptScores,
+    Request,
+    RequestStats,
+    TokenOutput,
+)
 from serving.fleet import GenerateCall, LeaseRequest
 from serving.ingress.fleet import FleetClient, Inbox
 from serving.ingress.text import TextStream
@@ -24,6 +31,7 @@ from serving.telemetry.logs import get_logger
 from serving.telemetry.metrics import IngressMetrics
 
 log = get_logger("generation")
+_INLINE_TOKENS = 2048  # longer prompts are echoed from a thread
 
 
 class Generation:
@@ -100,7 +108,7 @@ class Generation:
         """
         assert self._inbox is not None
         if self._echo is not None:
-            yield self._text.prompt(self._echo, await self._prompt_tokens(), self._tokenizer)
+            yield await self._prompt_delta(self._echo)
         while not (self._finished or self._text.stopped):
             tokens = await self._inbox.read()
             if not tokens:
@@ -111,15 +119,20 @@ class Generation:
             self._count(delta.tokens)
             yield delta
 
-    async def _prompt_tokens(self) -> list[TokenOutput]:
-        """The prompt as tokens, with their log-probabilities if these were asked for."""
+    async def _prompt_delta(self, written: str) -> Delta:
+        """The prompt as the answer's beginning, with its log-probabilities if asked for."""
         assert self._inbox is not None
+        wanted = len(self.request.prompt) - 1 if self.request.scored else 0
+        scores = await self._inbox.read_scores(wanted)
+        if len(self.request.prompt) > _INLINE_TOKENS:
+            return await asyncio.to_thread(self._echoed, written, scores)
+        return self._echoed(written, scores)
+
+    def _echoed(self, written: str, scores: list[PromptScores]) -> Delta:
         prompt = [TokenOutput(self.request.id, token) for token in self.request.prompt]
-        if not self.request.scored:
-            return prompt
-        for scores in await self._inbox.read_scores(len(prompt) - 1):
-            scores.fill(prompt)
-        return prompt
+        for some in scores:
+            some.fill(prompt)
+        return self._text.prompt(written, prompt, self._tokenizer)
 
     def _count(self, tokens: list[TokenOutput]) -> None:
         self.stats.generated_tokens += len(tokens)

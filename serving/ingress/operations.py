@@ -5,8 +5,9 @@ import json
 from importlib.metadata import version
 
 import httpx
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 
+from serving.api.json_response import JsonResponse
 from serving.api.openapi import document
 from serving.ingress.fleet import FleetClient
 from serving.telemetry.exporter import merge_expositions
@@ -40,7 +41,7 @@ class Operations:
         return PlainTextResponse("ok\n")
 
     async def version(self) -> Response:
-        return JSONResponse({"version": self._version})
+        return JsonResponse({"version": self._version})
 
     async def openapi(self) -> Response:
         return Response(self._openapi, media_type="application/json")

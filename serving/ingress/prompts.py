@@ -9,7 +9,7 @@ thread, so that the event loop goes on serving streams.
 import asyncio
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,9 @@ from model.tokenizer import Tokenizer
 from serving.api.errors import ApiError
 
 _INLINE_CHARACTERS = 2048
-_BYTES_PER_TOKEN_AT_MOST = 64
+_CHARACTERS_PER_TOKEN = 4  # of code, roughly: a text with more per token is worth a check
+_PART_CHARACTERS = 16384
+_TOKENS_AT_A_CUT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,17 +96,18 @@ class Prompts:
     """Encodes prompts, off the event loop when they are long.
 
     Args:
+        context: the longest prompt that makes sense now, in tokens.
         fim: whether the model was trained to fill in the middle.
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_tokens: int, fim: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, context: Callable[[], int], fim: bool) -> None:
         self.tokenizer = tokenizer
+        self._context = context
         self._fim = tokenizer.fim if fim else None
-        self._max_characters = max_tokens * _BYTES_PER_TOKEN_AT_MOST
         self._template = (
             ChatTemplate(tokenizer.chat_template, tokenizer) if tokenizer.chat_template else None
         )
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
 
     async def completion(self, prompt: str | list[int]) -> list[int]:
         """Token ids of a plain prompt; text gets the begin-of-sentence token in front."""
@@ -149,15 +152,32 @@ class Prompts:
             ApiError: 400, too long for any context, or not valid Unicode.
         """
         length = sum(len(piece) for piece in pieces if isinstance(piece, str))
-        if length > self._max_characters:
-            raise ApiError(400, f"The text of {length} characters exceeds the context.", param)
         try:
             if length <= _INLINE_CHARACTERS:
                 return self.tokenizer.encode_pieces(pieces)
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._pool, self.tokenizer.encode_pieces, pieces)
+            encode = partial(self._encode_long, pieces, length, param)
+            return await loop.run_in_executor(self._pool, encode)
         except ValueError as error:
             raise ApiError(400, "The text is not valid Unicode.", param) from error
+
+    def _encode_long(self, pieces: list[str | int], length: int, param: str) -> list[int]:
+        """Gives up on a text that is far too long before all of it is encoded.
+
+        Where a text is cut changes its tokens next to the cut, but not how many there are by
+        more than a few.
+        """
+        context = self._context()
+        if length > context * _CHARACTERS_PER_TOKEN:
+            count = 0
+            for text in (piece for piece in pieces if isinstance(piece, str)):
+                for start in range(0, len(text), _PART_CHARACTERS):
+                    part = text[start : start + _PART_CHARACTERS]
+                    count += len(self.tokenizer.encode_text(part)) - _TOKENS_AT_A_CUT
+                    if count > context:
+                        message = f"The text is longer than the context of {context} tokens."
+                        raise ApiError(400, message, param, "context_length_exceeded")
+        return self.tokenizer.encode_pieces(pieces)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from serving.api.chat import ChatRequest
 from serving.api.completions import CompletionRequest
@@ -23,6 +23,7 @@ from serving.api.errors import (
     on_http_exception,
     validation_error,
 )
+from serving.api.json_response import JsonResponse
 from serving.api.messages import CountTokensRequest, MessagesRequest
 from serving.api.messages_answer import MessagesAnswer, messages_error
 from serving.api.response_store import ResponseStore, delete_response, stored_response
@@ -31,6 +32,7 @@ from serving.api.responses_answer import ResponsesAnswer
 from serving.api.tokens import DetokenizeRequest, TokenizeRequest
 from serving.config import Settings
 from serving.ingress.auth import ApiKeys
+from serving.ingress.console import add_console
 from serving.ingress.fleet import FleetClient
 from serving.ingress.operations import Operations
 from serving.ingress.service import GenerationService, Origin
@@ -72,6 +74,7 @@ class Routes:
             handler = getattr(owner, endpoint.name)
             api.add_api_route(path, handler, methods=[endpoint.method])
         api.add_api_route("/openapi.json", self._operations.openapi)
+        add_console(api)
         return api
 
     async def close(self) -> None:
@@ -102,10 +105,10 @@ class Routes:
         return await self._answer(request, "responses", ResponsesRequest, answer)
 
     async def stored_response(self, request: Request, name: str) -> Response:
-        return JSONResponse(stored_response(self._store, self._tenant(request), name))
+        return JsonResponse(stored_response(self._store, self._tenant(request), name))
 
     async def delete_response(self, request: Request, name: str) -> Response:
-        return JSONResponse(delete_response(self._store, self._tenant(request), name))
+        return JsonResponse(delete_response(self._store, self._tenant(request), name))
 
     async def messages(self, request: Request) -> Response:
         async def answer(body: MessagesRequest, origin: Origin) -> Response:
@@ -119,7 +122,7 @@ class Routes:
         async def answer(body: CountTokensRequest, origin: Origin) -> Response:
             self._service.check_model(body.model)
             ids = await self._service.chat_prompt(body.chat())
-            return JSONResponse({"input_tokens": len(ids)})
+            return JsonResponse({"input_tokens": len(ids)})
 
         return await self._answer(request, "other", CountTokensRequest, answer, messages_error)
 
@@ -135,7 +138,7 @@ class Routes:
                 tokenizer = self._service.tokenizer
                 strings = [tokenizer.decode([token], skip_special=False) for token in ids]
                 answer["token_strs"] = strings
-            return JSONResponse(answer)
+            return JsonResponse(answer)
 
         return await self._answer(request, "other", TokenizeRequest, answer)
 
@@ -145,7 +148,7 @@ class Routes:
             if body.tokens and max(body.tokens) >= tokenizer.vocab_size:
                 raise ApiError(400, "A token id is outside the vocabulary.", "tokens")
             text = await asyncio.to_thread(tokenizer.decode, body.tokens, False)
-            return JSONResponse({"prompt": text})
+            return JsonResponse({"prompt": text})
 
         return await self._answer(request, "other", DetokenizeRequest, answer)
 
@@ -153,7 +156,7 @@ class Routes:
         self._tenant(request)
         tokenizer = self._service.tokenizer
         special = {token: text for text, token in tokenizer.special_tokens.items()}
-        return JSONResponse(
+        return JsonResponse(
             {
                 "add_bos_token": tokenizer.adds_bos,
                 "bos_token": special.get(tokenizer.bos_id),
@@ -167,12 +170,12 @@ class Routes:
 
     async def models(self, request: Request) -> Response:
         self._tenant(request)
-        return JSONResponse({"object": "list", "data": [self._model_card()]})
+        return JsonResponse({"object": "list", "data": [self._model_card()]})
 
     async def model(self, request: Request, name: str) -> Response:
         self._tenant(request)
         self._service.check_model(name)
-        return JSONResponse(self._model_card())
+        return JsonResponse(self._model_card())
 
     async def _tokenized(self, body: TokenizeRequest) -> list[int]:
         served = self._settings.model.served_name

@@ -5,9 +5,10 @@ import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer
@@ -16,6 +17,7 @@ from serving.api.chat import ChatRequest
 from serving.api.completions import CompletionRequest
 from serving.api.delta import Delta, Usage
 from serving.api.errors import ApiError, server_fault
+from serving.api.json_response import JsonResponse
 from serving.api.sampling import Sampling
 from serving.config import Settings
 from serving.engine.request import Request
@@ -28,6 +30,8 @@ from serving.ingress.streams import Choice, EventStream, merged
 from serving.ingress.text import TextStream
 from serving.ingress.tools import Tools, conversation
 from serving.telemetry.metrics import IngressMetrics
+
+_INLINE_TOKENS = 2048  # longer answers are put together on a thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,7 @@ class GenerationService:
         self.config = ModelConfig.from_directory(directory)
         self.tokenizer = Tokenizer.from_directory(directory, self.config)
         fim = settings.model.fills_in_the_middle(self.config)
-        self.prompts = Prompts(self.tokenizer, self.config.max_position_embeddings, fim)
+        self.prompts = Prompts(self.tokenizer, self._context, fim)
         self._settings = settings
         self._fleet = fleet
         self._engines = engines
@@ -149,6 +153,10 @@ class GenerationService:
     def close(self) -> None:
         self.prompts.close()
         self._restrictions.close()
+
+    def _context(self) -> int:
+        """Longest prompt + output; what the model allows while no engine has told its own."""
+        return self._fleet.max_request_tokens or self.config.max_position_embeddings
 
     def check_model(self, name: str) -> str:
         """The name, if this server has a model of that name.
@@ -236,7 +244,10 @@ class GenerationService:
                 return EventStream(self._events(job, choices), stack.pop_all())
             candidates = await asyncio.gather(*(choice.whole() for choice in choices))
         best = _best(candidates, job.best_of, job.choices)
-        return JSONResponse(job.answer.whole(best, _usage(job, choices)))
+        answer = partial(_whole, job.answer, best, _usage(job, choices))
+        if sum(len(choice.tokens) for choice in best) > _INLINE_TOKENS:
+            return await asyncio.to_thread(answer)
+        return answer()
 
     async def _events(self, job: _Job, choices: list[Choice]) -> AsyncGenerator[bytes]:
         answer = job.answer
@@ -257,6 +268,10 @@ class GenerationService:
             for each in answer.failure(server_fault()):
                 yield each
             raise
+
+
+def _whole(answer: Answer, choices: Sequence[Delta], usage: Usage) -> Response:
+    return JsonResponse(answer.whole(choices, usage))
 
 
 def _best(candidates: Sequence[Delta], of: int, count: int) -> list[Delta]:

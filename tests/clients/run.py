@@ -1,8 +1,8 @@
 """Other people's clients against this server: `make test-clients`.
 
 Every client has a folder here with what it needs (requirements.txt or package.json) and a script
-that says nothing when all is well and fails otherwise. Each is installed into an environment of
-its own under .clients/, and all of them talk to one server with the bundled model.
+that fails when something is wrong; its last line of output is shown. Each is installed into an
+environment of its own under .clients/, and all of them talk to one server with the bundled model.
 """
 
 import argparse
@@ -131,7 +131,7 @@ def run(client: str, url: str) -> tuple[str, str]:
         done = subprocess.run(
             command,
             env=environment,
-            cwd=HERE / client,
+            cwd=ENVIRONMENTS / client,
             capture_output=True,
             text=True,
             timeout=CLIENT_TIMEOUT_S,
@@ -140,7 +140,7 @@ def run(client: str, url: str) -> tuple[str, str]:
         return "FAIL", f"still running after {CLIENT_TIMEOUT_S} s"
     if done.returncode:
         return "FAIL", "\n".join((done.stdout + done.stderr).strip().splitlines()[-30:])
-    return "PASS", ""
+    return "PASS", (done.stdout.strip().splitlines() or [""])[-1]
 
 
 def main() -> None:

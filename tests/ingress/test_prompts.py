@@ -20,7 +20,7 @@ from tests.model.oracle import NANO
 TOKENIZER = Tokenizer.from_directory(NANO, ModelConfig.from_directory(NANO))
 HF = AutoTokenizer.from_pretrained(NANO)
 SHARED = Path(__file__).parents[3] / "shared" / "data"
-PROMPTS = Prompts(TOKENIZER, max_tokens=100_000, fim=True)
+PROMPTS = Prompts(TOKENIZER, lambda: 100_000, fim=True)
 CONVERSATION = [
     {"role": "system", "content": "You write Python."},
     {"role": "user", "content": "Write `f`.\n\nShort."},
@@ -147,7 +147,7 @@ def test_a_developer_is_a_system_to_the_template() -> None:
 
 
 async def test_a_model_without_a_template_has_no_chat() -> None:
-    bare = Prompts(replace(TOKENIZER, chat_template=None), max_tokens=100, fim=True)
+    bare = Prompts(replace(TOKENIZER, chat_template=None), lambda: 100, fim=True)
     with pytest.raises(ApiError, match="no chat template"):
         await bare.chat(messages(CONVERSATION))
 
@@ -160,5 +160,5 @@ async def test_token_ids_are_checked() -> None:
 
 
 async def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded() -> None:
-    with pytest.raises(ApiError, match="exceeds the context"):
-        await Prompts(TOKENIZER, max_tokens=10, fim=True).completion("x" * 10_000)
+    with pytest.raises(ApiError, match="longer than the context"):
+        await Prompts(TOKENIZER, lambda: 10, fim=True).completion("x" * 10_000)

@@ -149,8 +149,10 @@ class Answer {
 
   /** The last word on an answer, however it ended. */
   settle(ending = this.#ending) {
+    const scrolled = keptAtEnd(this.#output.closest("#conversation"));
     if (this.#spans.length) this.#align();
     this.#stats.textContent = this.#measured(ending);
+    scrolled();
   }
 
   #span(token) {
@@ -264,7 +266,6 @@ function turn(role, name) {
 }
 
 function resetConversation() {
-  running?.abort();
   conversation.length = 0;
   byId("conversation").replaceChildren();
   showError("");
@@ -292,15 +293,17 @@ async function loadModels() {
 }
 
 function showBusy(busy) {
-  for (const button of document.querySelectorAll(".send")) button.disabled = busy;
+  for (const button of document.querySelectorAll(".send, #reset")) button.disabled = busy;
   for (const button of document.querySelectorAll(".stop")) button.disabled = !busy;
-  for (const id of ["copy-curl", "copy-python"]) byId(id).disabled = !lastRequest;
+  for (const button of document.querySelectorAll(".last button")) button.disabled = !lastRequest;
   byId("copied").textContent = "";
 }
 
 function showError(message) {
+  const scrolled = keptAtEnd(byId("conversation")); // the line takes some of its height
   byId("error").textContent = message;
   byId("error").hidden = !message;
+  scrolled();
 }
 
 // ---- The last request, for a terminal or a program; the key is named and never written ----
@@ -346,23 +349,16 @@ function pythonLiteral(value) {
   return `{${entries.join(", ")}}`;
 }
 
-async function copy(text) {
-  try {
-    await navigator.clipboard.writeText(text);
-    byId("copied").textContent = "Copied.";
-  } catch {
-    copyBySelection(text);
-  }
-}
-
-/** Over plain HTTP from another machine there is no clipboard but that of a selection. */
-function copyBySelection(text) {
+/** By selection, since over plain HTTP from another machine there is no navigator.clipboard. */
+function copy(text) {
+  const focused = document.activeElement;
   const holder = element("textarea", "hidden");
   holder.value = text;
   document.body.append(holder);
   holder.select();
   byId("copied").textContent = document.execCommand("copy") ? "Copied." : "The browser refused.";
   holder.remove();
+  focused.focus();
 }
 
 // ---- Tooltips: under the pointer, or stepped through with the arrow keys ----
@@ -431,9 +427,9 @@ function selectTab(tab) {
   showToken(null);
 }
 
-function moveAmongTabs(event) {
-  if (event.key !== "ArrowLeft" && event.key !== "ArrowRight") return;
-  const other = event.currentTarget.querySelector("[aria-selected=false]"); // there are two
+function moveAmongTabs({ key, currentTarget }) {
+  if (key !== "ArrowLeft" && key !== "ArrowRight") return;
+  const other = currentTarget.querySelector("[aria-selected=false]"); // there are two
   selectTab(other);
   other.focus();
 }

@@ -37,8 +37,10 @@ def text() -> None:
 
 
 def tools() -> None:
-    asked = ASKED | {"tools": [TOOL], "tool_choice": {"type": "any",
-                                                      "disable_parallel_tool_use": True}}  # fmt: skip
+    asked = ASKED | {
+        "tools": [TOOL],
+        "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
+    }
     first = client.messages.create(**asked)
     assert first.stop_reason == "tool_use"
     (use,) = [block for block in first.content if block.type == "tool_use"]

@@ -7,7 +7,7 @@ import lm_eval.models.openai_completions
 from lm_eval.api.instance import Instance
 
 CHECKPOINT = os.environ["EXPERTLINE_CHECKPOINT"]
-# Four questions with four answers each, as a multiple-choice task asks them.
+# Questions and their answers, as a multiple-choice task asks them.
 QUESTIONS = {
     "import os\nprint(os.path.": ["join('a', 'b'))", "jion(", "exists('x'))\n", "zzz"],
     "def add(a, b):\n    return": [" a + b", " a - b", " None", "\n\n"],
@@ -52,7 +52,8 @@ def main() -> None:
     ):
         assert abs(ours - theirs) < TOLERANCE, (request.args, ours, theirs)
         assert our_greedy == their_greedy, request.args
-    print("largest difference", max(abs(a[0] - b[0]) for a, b in zip(served, reference)))
+    differences = (abs(a[0] - b[0]) for a, b in zip(served, reference, strict=True))
+    print(f"largest difference of a log-likelihood: {max(differences):.1e}")
 
 
 if __name__ == "__main__":

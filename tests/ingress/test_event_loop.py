@@ -1,0 +1,103 @@
+"""Long requests do not hold up the streams beside them.
+
+What must hold is a gap under 50 ms on an idle machine; the tests allow for a busy one, and print
+what they saw: `pytest -s tests/ingress/test_event_loop.py`.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.ingress.stack import stack
+from tests.ingress.test_routes import CHAT, COMPLETION, SCRIPT, TEXT
+
+BOUND_S = 1.0
+CODE = ("def f(x):\n    return x + 12345  # a comment\n" * 30_000)[:1_000_000]
+KEYS = {f"p{i}": {"type": "string"} for i in range(20)}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "chat of 1 MB": ("/v1/chat/completions", {"messages": [{"role": "user", "content": CODE}]}),
+    "prompt of 1 MB": ("/v1/completions", {"prompt": CODE}),
+    "200,000 token ids": ("/v1/completions", {"prompt": [5] * 200_000}),
+    "tokenizing 1 MB": ("/tokenize", {"prompt": CODE}),
+    "4096 messages": (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": "hello world " * 8}] * 4096},
+    ),
+    "128 tools": (
+        "/v1/chat/completions",
+        CHAT
+        | {"tools": [{"type": "function", "function": {
+            "name": f"f{i}", "parameters": {"type": "object", "properties": KEYS}}}
+            for i in range(128)]},
+    ),
+    "a schema of 200 KB": (
+        "/v1/chat/completions",
+        CHAT
+        | {"response_format": {"type": "json_schema", "json_schema": {
+            "name": "n", "schema": {"enum": [f"{'x' * 30}{i}" for i in range(5000)]}}}},
+    ),
+    "a grammar of 30 KB": (
+        "/v1/completions",
+        COMPLETION
+        | {"guided_grammar": "root ::= " + " ".join(f'("b{i}" | "c")+' for i in range(1400))},
+    ),
+}  # fmt: skip
+
+
+@dataclass(slots=True)
+class Gap:
+    """The longest time that the event loop did not come round."""
+
+    seconds: float = 0.0
+
+
+@asynccontextmanager
+async def watched() -> AsyncIterator[Gap]:
+    gap = Gap()
+
+    async def watch() -> None:
+        last = time.perf_counter()
+        while True:
+            await asyncio.sleep(0)
+            now = time.perf_counter()
+            gap.seconds, last = max(gap.seconds, now - last), now
+
+    watching = asyncio.create_task(watch())
+    await asyncio.sleep(0)
+    try:
+        yield gap
+    finally:
+        watching.cancel()
+
+
+@pytest.mark.parametrize("name", CASES)
+async def test_the_loop_goes_round_while_a_long_request_is_prepared(name: str) -> None:
+    path, fields = CASES[name]
+    body = json.dumps(fields if path == "/tokenize" else {"model": "nano", **fields}).encode()
+    async with stack(SCRIPT, engine_tokens=1_000_000) as it:
+        await it.http.post("/v1/completions", json=COMPLETION)
+        async with watched() as gap:
+            beside = asyncio.create_task(it.http.post("/v1/completions", json=COMPLETION))
+            response = await it.http.post(path, content=body)
+        assert response.status_code == 200
+        assert (await beside).json()["choices"][0]["text"] == TEXT
+        await it.quiet()
+    print(f"\n{name}: longest gap {gap.seconds * 1e3:.1f} ms")
+    assert gap.seconds < BOUND_S
+
+
+async def test_a_prompt_that_is_far_too_long_is_refused_early() -> None:
+    async with stack(SCRIPT, engine_tokens=4096) as it:
+        started = time.perf_counter()
+        response = await it.http.post("/v1/completions", json=COMPLETION | {"prompt": CODE * 4})
+        seconds = time.perf_counter() - started
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+    print(f"\nrefused after {seconds * 1e3:.0f} ms")
+    assert seconds < 2  # the whole of it takes 8 s to encode
