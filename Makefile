@@ -9,7 +9,7 @@ READY := .venv/.installed
 serve: $(READY)
 	$(BIN)/expertline up --model nano --stages 2 --expert-parallel 2 --port $(PORT)
 
-test: $(READY)
+test: $(READY) chromium
 	$(BIN)/pytest
 
 # Other people's clients, each in an environment of its own under .clients/.

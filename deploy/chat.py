@@ -60,8 +60,9 @@ def talk(options: ChatOptions, console: Console) -> None:
         model = options.model or models[0]
         if model not in models:
             raise UsageError(f"{options.url}: no model {model} there, but {', '.join(models)}")
-        console.print(f"{model} at {options.url}; /help lists commands, Ctrl-D ends", style="dim")
-        Talk(server, console, model, options.system or "").run()
+        conversation = Talk(server, console, model, options.system or "")
+        conversation.note(f"{model} at {options.url}; /help lists commands, Ctrl-D ends")
+        conversation.run()
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +230,7 @@ class Talk:
             stopped = True
             self.console.out(" [stopped]", end="", style="dim", highlight=False)
         finally:
-            if said or stopped:
+            if stopped or (said and not said.endswith("\n")):
                 self.console.print()
         return said, stopped
 
@@ -245,28 +246,26 @@ class Talk:
         """TEXT: set the system message; alone: show it; `-`: clear it"""
         if text:
             self.system = "" if text == _CLEAR else text
-        self._note(self.system or "no system message")
+        self.note(self.system or "no system message")
 
     def _fill_in(self, _: str) -> None:
         """fill in the middle: asks for what stands before and after"""
-        self._note(
-            f"before the gap, to the very character; end with a line of one `{_END_OF_TEXT}`"
-        )
+        self.note(f"before the gap, to the very character; end with a line of one `{_END_OF_TEXT}`")
         prefix = _read_text()
-        self._note(f"after the gap; end with a line of one `{_END_OF_TEXT}`")
+        self.note(f"after the gap; end with a line of one `{_END_OF_TEXT}`")
         suffix = _read_text()
         self._show(self.server.middle(self.model, prefix, suffix))
 
     def _reset(self, _: str) -> None:
         """forget the conversation; the system message stays"""
         self.turns.clear()
-        self._note("the conversation is empty")
+        self.note("the conversation is empty")
 
     def _undo(self, _: str) -> None:
         """take back the last turn and its answer"""
         undone = self.turns[-2:]
         del self.turns[-2:]
-        self._note(f"taken back: {undone[0]['content']}" if undone else "nothing to take back")
+        self.note(f"taken back: {undone[0]['content']}" if undone else "nothing to take back")
 
     def _save(self, name: str) -> None:
         """FILE: write the conversation as JSON into a new file"""
@@ -282,7 +281,7 @@ class Talk:
         except (OSError, RuntimeError) as error:  # RuntimeError: a ~name that is nobody's
             self._complain(f"{name}: {getattr(error, 'strerror', None) or error}")
             return
-        self._note(f"{len(self.turns)} messages in {name}")
+        self.note(f"{len(self.turns)} messages in {name}")
 
     def _use_model(self, name: str) -> None:
         """NAME: talk to this one from now on; alone: show which there are"""
@@ -292,19 +291,20 @@ class Talk:
             return
         self.model = name or self.model
         others = [model for model in models if model != self.model]
-        self._note(self.model + (f"; also there: {', '.join(others)}" if others else ""))
+        self.note(self.model + (f"; also there: {', '.join(others)}" if others else ""))
 
     def _help(self, _: str) -> None:
         """this list"""
         for name, command in _COMMANDS.items():
-            self._note(f"{name:8} {command.__doc__}")
-        self._note("Ctrl-C stops an answer or clears the line, Ctrl-D ends")
+            self.note(f"{name:8} {command.__doc__}")
+        self.note("Ctrl-C stops an answer or clears the line, Ctrl-D ends")
 
     def _quit(self, _: str) -> None:
         """end"""
         self.over = True
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """A line of ours among the conversation's."""
         self.console.out(text.translate(_NO_CONTROLS), style="dim", highlight=False)
 
     def _complain(self, text: str) -> None:

@@ -163,7 +163,7 @@ def test_a_second_turn_finds_its_prefix_in_the_cache(client: openai.OpenAI) -> N
 BAD = {
     "no such model": ({"model": "other", "prompt": "x"}, 404),
     "unknown field": ({"model": "nano", "prompt": "x", "speed": 3}, 400),
-    "not honoured": ({"model": "nano", "prompt": "x", "suffix": "y"}, 400),
+    "not honoured": ({"model": "nano", "prompt": "x", "n": 3, "best_of": 2}, 400),
     "wrong type": ({"model": "nano", "prompt": "x", "max_tokens": "7"}, 400),
     "bool for int": ({"model": "nano", "prompt": "x", "n": True}, 400),
     "huge n": ({"model": "nano", "prompt": "x", "n": 10**9}, 400),

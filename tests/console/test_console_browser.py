@@ -278,14 +278,23 @@ def test_events_are_read_however_the_network_cuts_them(page: Page, size: int) ->
     assert events == [{"é": 1}, {"b": "ü€"}]
 
 
-def test_a_token_of_half_a_character_is_shown_with_its_other_half(
-    page: Page, api: ScriptedApi
+@pytest.mark.parametrize(
+    ("tokens", "text"),
+    [
+        (("bytes:\\xc3", "bytes:\\xa9"), "é"),
+        (("a", "bSTOP"), "ab"),
+        (("not", "it"), "the text"),
+    ],
+    ids=["halves of a character", "cut in a token", "no tokens of the text"],
+)
+def test_what_is_shown_is_the_text_whatever_its_tokens(
+    page: Page, api: ScriptedApi, tokens: tuple[str, ...], text: str
 ) -> None:
-    api.answers.append(Scripted(("bytes:\\xc3", "bytes:\\xa9"), text="é"))
+    api.answers.append(Scripted(tokens, text=text))
     page.click("#tab-fim")
     page.click("#fim .send")
     page.wait("document.querySelector('#middle .stats')?.textContent")
-    assert page.text("#middle .output") == "é"
+    assert page.text("#middle .output") == text
 
 
 def test_markup_in_an_answer_stays_text(page: Page, api: ScriptedApi) -> None:
