@@ -12,7 +12,7 @@ import secrets
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from model.config import ModelConfig
+from model.sampling_params import SamplingParams as EngineSampling
 from model.tokenizer import Tokenizer
 from serving.api.chat import ChatRequest
 from serving.api.completions import CompletionRequest
@@ -132,7 +133,7 @@ class LLM:
         self.tokenizer = Tokenizer.from_directory(directory, self.config)
         fim = self._settings.model.fills_in_the_middle(self.config)
         self._prompts = Prompts(self.tokenizer, lambda: self._context, fim)
-        self._rules = SamplingRules(directory, self.config, self.tokenizer, _EVERYTHING)
+        self._rules = SamplingRules(directory, self.config, _EVERYTHING)
         self._restrictions = Restrictions(self.tokenizer)
         self._context = engine_limits(self._settings).max_request_tokens
         self._loop = asyncio.new_event_loop()
@@ -253,9 +254,16 @@ class LLM:
     ) -> list[RequestOutput]:
         """Every choice of every prompt at once; the engine queues what does not fit."""
         try:
-            grammar = await self._restrictions.grammar(body, tools)
+            sampling = self._rules.params(
+                body,
+                body.seed if body.seed is not None else secrets.randbits(62),
+                params.logprobs,
+                params.prompt_logprobs,
+                await self._restrictions.grammar(body, tools),
+                await self._prompts.words(body.bad_words or ()),
+            )
             requests = [
-                self._requests(body, params, await encode(place), grammar)
+                self._requests(body, params, await encode(place), sampling)
                 for place in range(len(written))
             ]
         except ApiError as error:
@@ -278,7 +286,7 @@ class LLM:
         return outputs
 
     def _requests(
-        self, body: Sampling, params: SamplingParams, prompt: list[int], grammar: str | None
+        self, body: Sampling, params: SamplingParams, prompt: list[int], sampling: EngineSampling
     ) -> list[Request]:
         room = self._context - len(prompt)
         limit = room if params.max_tokens is None else params.max_tokens
@@ -286,19 +294,16 @@ class LLM:
             raise ValueError(
                 f"a prompt of {len(prompt)} tokens leaves room for {room}, not for {limit}"
             )
-        seed = body.seed if body.seed is not None else secrets.randbits(62)
         return [
             Request(
                 id=secrets.token_hex(8),
                 prompt=prompt,
                 max_tokens=limit,
-                sampling=self._rules.params(
-                    body,
-                    seed + index,
-                    params.logprobs,
+                sampling=replace(
+                    sampling,
+                    seed=sampling.seed + index,
                     # The prompt is the same for all choices: one of them scores it.
-                    params.prompt_logprobs if index == 0 else None,
-                    grammar,
+                    prompt_logprobs=None if index else sampling.prompt_logprobs,
                 ),
                 stop_token_ids=self._rules.ends(body),
                 priority=params.priority,

@@ -213,8 +213,9 @@ class ChatRequest(Sampling):
 
 
 def tool_arguments(text: str) -> Any:
-    """A call's arguments from an earlier answer; text that is not JSON stays text."""
+    """A call's arguments from an earlier answer; text that is not JSON stays text, as does JSON
+    that is nested too deeply to be read."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text

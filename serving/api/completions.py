@@ -4,7 +4,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from serving.api.sampling import Sampling, TokenId
+from serving.api.sampling import Sampling, TokenIds
 
 MAX_PROMPTS = 1024
 DEFAULT_TOKENS = 16  # OpenAI's own default
@@ -15,9 +15,9 @@ class CompletionRequest(Sampling):
 
     prompt: (
         str
-        | list[TokenId]
-        | Annotated[list[str], Field(max_length=MAX_PROMPTS)]
-        | Annotated[list[list[TokenId]], Field(max_length=MAX_PROMPTS)]
+        | TokenIds
+        | Annotated[list[str], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True)]
     )
     suffix: str | None = Field(None, description="fill in the middle between prompt and suffix")
     max_tokens: int | None = Field(

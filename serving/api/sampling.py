@@ -18,6 +18,8 @@ MAX_CHOICES = 1024
 _TOKEN_ID = re.compile(r"[0-9]{1,10}")
 _SALT = re.compile(r"[!-~]{1,1024}")
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+# One fault among a million is enough to say.
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 
@@ -70,8 +72,8 @@ class Sampling(Strict):
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     min_tokens: int | None = Field(None, ge=0, lt=2**31, description="no end before so many")
     ignore_eos: bool | None = None
-    stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_LISTED_IDS)
-    allowed_token_ids: list[TokenId] | None = Field(None, min_length=1, max_length=MAX_LISTED_IDS)
+    stop_token_ids: TokenIds | None = Field(None, max_length=MAX_LISTED_IDS)
+    allowed_token_ids: TokenIds | None = Field(None, min_length=1, max_length=MAX_LISTED_IDS)
     bad_words: list[StopString] | None = Field(None, max_length=MAX_BAD_WORDS)
     return_token_ids: bool | None = None
     cache_salt: str | None = Field(

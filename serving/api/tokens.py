@@ -5,7 +5,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from serving.api.chat import MAX_MESSAGES, ChatRequest, Message, Tool
-from serving.api.sampling import TokenId
+from serving.api.sampling import TokenIds
 from serving.api.strict import NO_EFFECT, Strict
 
 MAX_TOKENS = 1 << 20
@@ -46,4 +46,4 @@ class DetokenizeRequest(Strict):
     """Body of `POST /detokenize`."""
 
     model: Annotated[str | None, Field(max_length=256), NO_EFFECT] = None
-    tokens: list[TokenId] = Field(max_length=MAX_TOKENS)
+    tokens: TokenIds = Field(max_length=MAX_TOKENS)

@@ -145,6 +145,15 @@ class Prompts:
             pieces = template.render(turns, continue_last)
         return await self.encode(pieces, "messages")
 
+    async def words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Each word as tokens, at the beginning of a text and after a space."""
+        runs: dict[tuple[int, ...], None] = {}
+        for word in words:
+            for text in (word.lstrip(), " " + word.lstrip()):
+                if run := await self.encode([text], "bad_words"):
+                    runs[tuple(run)] = None
+        return tuple(runs)
+
     async def encode(self, pieces: list[str | int], param: str) -> list[int]:
         """Token ids of texts and special tokens in turn.
 

@@ -51,7 +51,7 @@ class Restrictions:
         """What the whole text of an answer must be, checked; None: anything.
 
         Raises:
-            ApiError: 400, it cannot be compiled within the limits.
+            ApiError: 400, it cannot be compiled within the limits; 503, no time to try.
         """
         param, wanted = next(iter(body.restrictions.items()), (None, None))
         if tools is not None:
@@ -61,13 +61,16 @@ class Restrictions:
         return None
 
     async def _check(self, make: Callable[[bool], str], param: str | None) -> str:
-        loop = asyncio.get_running_loop()
+        job = self._pool.submit(self._checked, make)
         try:
             async with asyncio.timeout(_COMPILE_TIMEOUT_S):
-                return await loop.run_in_executor(self._pool, self._checked, make)
+                return await asyncio.wrap_future(job)
         except GrammarError as error:
             raise ApiError(400, f"The grammar cannot be used: {error}.", param) from error
         except TimeoutError:
+            if job.cancel():  # it has not begun: others' grammars are to blame
+                message = "Too many grammars are being checked."
+                raise ApiError(503, message, param, retry_after_s=_COMPILE_TIMEOUT_S) from None
             raise ApiError(400, "The grammar took too long to compile.", param) from None
 
     def close(self) -> None:

@@ -135,9 +135,7 @@ class Routes:
                 "tokens": ids,
             }
             if body.return_token_strs:
-                tokenizer = self._service.tokenizer
-                strings = [tokenizer.decode([token], skip_special=False) for token in ids]
-                answer["token_strs"] = strings
+                answer["token_strs"] = await asyncio.to_thread(self._strings, ids)
             return JsonResponse(answer)
 
         return await self._answer(request, "other", TokenizeRequest, answer)
@@ -186,6 +184,10 @@ class Routes:
         if body.add_special_tokens:
             return await self._service.prompts.completion(body.prompt)
         return await self._service.prompts.encode([body.prompt], "prompt")
+
+    def _strings(self, ids: list[int]) -> list[str]:
+        tokenizer = self._service.tokenizer
+        return [tokenizer.decode([token], skip_special=False) for token in ids]
 
     def _tenant(self, request: Request) -> str:
         headers = request.headers

@@ -7,7 +7,6 @@ from typing import Any
 
 from model.config import ModelConfig
 from model.sampling_params import SamplingParams
-from model.tokenizer import Tokenizer
 from serving.api.errors import ApiError
 from serving.api.sampling import Sampling
 
@@ -44,13 +43,10 @@ class SamplingRules:
         max_logprobs: how many of a token's alternatives a client may ask for.
     """
 
-    def __init__(
-        self, directory: Path, config: ModelConfig, tokenizer: Tokenizer, max_logprobs: int
-    ) -> None:
+    def __init__(self, directory: Path, config: ModelConfig, max_logprobs: int) -> None:
         self._max_logprobs = max_logprobs
         self._defaults = SamplingDefaults.from_directory(directory)
         self._config = config
-        self._tokenizer = tokenizer
 
     def ends(self, body: Sampling) -> frozenset[int]:
         """Tokens that end the text."""
@@ -66,8 +62,12 @@ class SamplingRules:
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         grammar: str | None = None,
+        bad_words: tuple[tuple[int, ...], ...] = (),
     ) -> SamplingParams:
         """Parameters for one choice.
+
+        Args:
+            bad_words: the request's, as tokens.
 
         Raises:
             ApiError: 400, a token id outside the vocabulary, or too many log-probabilities.
@@ -93,7 +93,7 @@ class SamplingRules:
             min_tokens=body.min_tokens or 0,
             end_token_ids=tuple(sorted(self.ends(body))) if body.min_tokens else (),
             allowed_token_ids=tuple(body.allowed_token_ids or ()),
-            bad_words=self._bad_words(body.bad_words or []),
+            bad_words=bad_words,
             grammar=grammar,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
@@ -102,19 +102,6 @@ class SamplingRules:
     def _check_ids(self, name: str, ids: list[int]) -> None:
         if ids and max(ids) >= self._config.vocab_size:
             raise ApiError(400, "A token id is outside the vocabulary.", name)
-
-    def _bad_words(self, words: list[str]) -> tuple[tuple[int, ...], ...]:
-        """Each word as tokens, at the beginning of a text and after a space."""
-        runs: dict[tuple[int, ...], None] = {}
-        for word in words:
-            for text in (word.lstrip(), " " + word.lstrip()):
-                try:
-                    run = tuple(self._tokenizer.encode_text(text))
-                except ValueError as error:
-                    raise ApiError(400, "The text is not valid Unicode.", "bad_words") from error
-                if run:
-                    runs[run] = None
-        return tuple(runs)
 
 
 def _given(value: Any, default: Any) -> Any:

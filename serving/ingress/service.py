@@ -4,7 +4,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -75,9 +75,7 @@ class GenerationService:
         self._fleet = fleet
         self._engines = engines
         self._metrics = metrics
-        self._rules = SamplingRules(
-            directory, self.config, self.tokenizer, settings.ingress.max_logprobs
-        )
+        self._rules = SamplingRules(directory, self.config, settings.ingress.max_logprobs)
         self._restrictions = Restrictions(self.tokenizer)
 
     async def completions(self, body: CompletionRequest, origin: Origin) -> Response:
@@ -184,11 +182,15 @@ class GenerationService:
     def _written(self, prompt: str | list[int]) -> str:
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
 
-    def _generations(self, job: _Job) -> list[Choice]:
+    async def _generations(self, job: _Job) -> list[Choice]:
         """One for each prompt and choice, prompt by prompt."""
         body = job.body
         choices: list[Choice] = []
         seed = body.seed if body.seed is not None else secrets.randbits(62)
+        bad_words = await self.prompts.words(body.bad_words or ())
+        sampling = self._rules.params(
+            body, seed, job.logprobs, job.prompt_logprobs, job.grammar, bad_words
+        )
         stops, min_tokens = body.stop_strings, body.min_tokens or 0
         for place, prompt in enumerate(job.prompts):
             limit = self._output_limit(len(prompt), job.max_tokens)
@@ -197,9 +199,7 @@ class GenerationService:
                     id=f"{job.origin.request_id}-{len(choices)}",
                     prompt=prompt,
                     max_tokens=limit,
-                    sampling=self._rules.params(
-                        body, seed + candidate, job.logprobs, job.prompt_logprobs, job.grammar
-                    ),
+                    sampling=replace(sampling, seed=seed + candidate),
                     stop_token_ids=self._rules.ends(body),
                     tenant=job.origin.tenant,
                     priority=body.priority or 0,
@@ -237,7 +237,7 @@ class GenerationService:
     async def _respond(self, job: _Job) -> Response:
         """Leases come first, so that a full server can still answer with a status."""
         async with AsyncExitStack() as stack:
-            choices = self._generations(job)
+            choices = await self._generations(job)
             for choice in choices:
                 await stack.enter_async_context(choice.generation)
             if job.body.stream:

@@ -20,6 +20,7 @@ the moment that the model has written `<tool_call>`. So the parser meets nothing
 import json
 import secrets
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, Literal
 
 from serving.api.chat import ChatRequest, Function, Message, NamedTool, tool_arguments
@@ -106,18 +107,13 @@ class Tools:
 def conversation(messages: Sequence[Message], tools: Tools | None) -> list[Turn]:
     """Turns that the template knows: tools go to the system's, results to a user's."""
     turns: list[Turn] = []
-    for message in messages:
-        if message.role == "tool":
-            content = {"tool_call_id": message.tool_call_id, "content": message.text}
-            result = json.dumps(content, ensure_ascii=False)
-            text = f"<tool_result>\n{result}\n</tool_result>"
-            if turns and turns[-1].role == "user" and turns[-1].text.endswith("</tool_result>"):
-                text = f"{turns.pop().text}\n{text}"
-            turns.append(Turn("user", text))
-        elif message.role in ("system", "developer"):
-            turns.append(Turn("system", message.text))
-        else:
-            turns.append(Turn(message.role, message.text + _written_calls(message)))
+    for is_result, run in groupby(messages, key=lambda message: message.role == "tool"):
+        if is_result:
+            turns.append(Turn("user", "\n".join(map(_written_result, run))))
+            continue
+        for message in run:
+            role = "system" if message.role == "developer" else message.role
+            turns.append(Turn(role, message.text + _written_calls(message)))
     if tools is not None:
         system = turns.pop(0).text if turns and turns[0].role == "system" else ""
         told = f"{system}\n\n{tools.instructions()}" if system else tools.instructions()
@@ -127,6 +123,11 @@ def conversation(messages: Sequence[Message], tools: Tools | None) -> list[Turn]
 
 def _description(function: Function) -> dict[str, Any]:
     return function.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
+
+
+def _written_result(message: Message) -> str:
+    content = {"tool_call_id": message.tool_call_id, "content": message.text}
+    return f"<tool_result>\n{json.dumps(content, ensure_ascii=False)}\n</tool_result>"
 
 
 def _written_calls(message: Message) -> str:
