@@ -3,8 +3,8 @@
 A grammar travels as llguidance's own text (JSON, or its dialect of Lark). The ingress compiles
 each one before it lets a request in; the ranks of the last stage compile it again and mask
 logits with it. Both use the same vocabulary and the same limits, so that what passed the first
-passes the second. The limits bound the time and the memory of one grammar: its compilation
-takes about 0.1 s at most and its states a few tens of megabytes.
+passes the second. The limits bound what a step costs and how large a grammar's states grow, a
+few tens of megabytes; what bounds the time of a compilation is that the ingress gives up on it.
 """
 
 from typing import Any

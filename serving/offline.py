@@ -134,7 +134,7 @@ class LLM:
         fim = self._settings.model.fills_in_the_middle(self.config)
         self._prompts = Prompts(self.tokenizer, lambda: self._context, fim)
         self._rules = SamplingRules(directory, self.config, _EVERYTHING)
-        self._restrictions = Restrictions(self.tokenizer)
+        self._restrictions = Restrictions(directory)
         self._context = engine_limits(self._settings).max_request_tokens
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="llm", daemon=True)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Field, ValidationError
 
 from serving.api.chat import ChatRequest
-from serving.api.errors import validation_error
+from serving.api.errors import refusal
 
 CallId = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -43,9 +43,4 @@ def translated(fields: Mapping[str, Any], names: Mapping[str, str]) -> ChatReque
     try:
         return ChatRequest.model_validate(given)
     except ValidationError as error:
-        details = error.errors(include_input=False, include_url=False, include_context=False)
-        for detail in details:
-            if detail["loc"]:
-                name = str(detail["loc"][0])
-                detail["loc"] = (names.get(name, name), *detail["loc"][1:])
-        raise validation_error(details) from None
+        raise refusal(error, names) from None

@@ -3,11 +3,12 @@
 A message never repeats the client's input and never names a file of the server.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 _TYPES = {
@@ -18,6 +19,7 @@ _TYPES = {
 }
 _MAX_MESSAGE = 1000
 _MAX_PATH = 100
+_MOST_FAULTS = 1000
 
 
 class ApiError(Exception):
@@ -86,6 +88,22 @@ def server_fault() -> ApiError:
 
 async def on_exception(request: Request, error: Exception) -> JSONResponse:
     return server_fault().response()
+
+
+def refusal(error: ValidationError, names: Mapping[str, str] | None = None) -> ApiError:
+    """A 400 for a body that does not fit its model.
+
+    Args:
+        names: what the client calls fields that the model has another name for.
+    """
+    if error.error_count() > _MOST_FAULTS:  # to list a million takes longer than to find them
+        return ApiError(400, "Invalid body: it has too many faults.")
+    details = error.errors(include_input=False, include_url=False, include_context=False)
+    for detail in details:
+        if names and detail["loc"]:
+            name = str(detail["loc"][0])
+            detail["loc"] = (names.get(name, name), *detail["loc"][1:])
+    return validation_error(details)
 
 
 def validation_error(details: Any) -> ApiError:

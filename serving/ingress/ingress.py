@@ -5,6 +5,7 @@ serve any client; it holds no state but the streams that it is serving.
 """
 
 import asyncio
+import gc
 from typing import Any
 
 from fastapi import FastAPI
@@ -41,6 +42,8 @@ class Ingress:
         self._fleet = FleetClient(router, secret, ingress_id, self._exporter.address)
         self._service = GenerationService(settings, self._fleet, engines, metrics)
         self._routes = Routes(settings, self._service, self._fleet, metrics)
+        gc.collect()
+        gc.freeze()  # half a million objects that would only make every later pause longer
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._routes.app()

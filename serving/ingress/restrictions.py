@@ -7,18 +7,19 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 
-from model.tokenizer import Tokenizer
 from serving.api.errors import ApiError
 from serving.api.sampling import Sampling, StructuredOutputs
-from serving.grammar import GrammarCompiler, GrammarError, json_schema
+from serving.grammar import GrammarError, json_schema
+from serving.ingress.grammar_process import GrammarProcess, GrammarTooCostly
 from serving.ingress.tools import Tools
 
-_COMPILE_TIMEOUT_S = 10.0
+_TURN_TIMEOUT_S = 10.0  # longest wait behind other grammars
 _REMEMBERED = 1024
 
 
@@ -40,11 +41,15 @@ def _schema(wanted: StructuredOutputs, closed: bool) -> dict[str, Any]:
 
 
 class Restrictions:
-    """Checks grammars in a thread of its own, and remembers which were good."""
+    """Checks grammars, one after another, and remembers which were good.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    Args:
+        directory: the checkpoint, for its tokenizer.
+    """
+
+    def __init__(self, directory: Path) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar")
-        self._compiler = self._pool.submit(GrammarCompiler, tokenizer)
+        self._process = GrammarProcess(directory)
         self._good: OrderedDict[bytes, None] = OrderedDict()
 
     async def grammar(self, body: Sampling, tools: Tools | None = None) -> str | None:
@@ -63,23 +68,25 @@ class Restrictions:
     async def _check(self, make: Callable[[bool], str], param: str | None) -> str:
         job = self._pool.submit(self._checked, make)
         try:
-            async with asyncio.timeout(_COMPILE_TIMEOUT_S):
+            async with asyncio.timeout(_TURN_TIMEOUT_S):
                 return await asyncio.wrap_future(job)
         except GrammarError as error:
             raise ApiError(400, f"The grammar cannot be used: {error}.", param) from error
         except TimeoutError:
-            if job.cancel():  # it has not begun: others' grammars are to blame
-                message = "Too many grammars are being checked."
-                raise ApiError(503, message, param, retry_after_s=_COMPILE_TIMEOUT_S) from None
-            raise ApiError(400, "The grammar took too long to compile.", param) from None
+            job.cancel()
+            message = "Too many grammars are being checked."
+            raise ApiError(503, message, param, retry_after_s=_TURN_TIMEOUT_S) from None
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.submit(self._process.close)  # after what is running: it takes bounded time
+        self._pool.shutdown(wait=False)
 
     def _checked(self, make: Callable[[bool], str]) -> str:
         """The grammar with closed objects; with open ones where nothing fits the closed ones."""
         try:
             return self._compiled(make, closed=True)
+        except GrammarTooCostly:
+            raise
         except GrammarError:
             return self._compiled(make, closed=False)
 
@@ -90,7 +97,7 @@ class Restrictions:
         except (ValueError, RecursionError, GbnfToLarkError) as error:
             raise GrammarError("it is not valid") from error
         if name not in self._good:
-            self._compiler.result().compile(grammar)
+            self._process.check(grammar)
             if len(self._good) == _REMEMBERED:
                 self._good.popitem(last=False)
         self._good[name] = None

@@ -21,7 +21,7 @@ from serving.api.errors import (
     on_api_error,
     on_exception,
     on_http_exception,
-    validation_error,
+    refusal,
 )
 from serving.api.json_response import JsonResponse
 from serving.api.messages import CountTokensRequest, MessagesRequest
@@ -263,8 +263,7 @@ def _parse(shape: type[Body], body: bytes) -> Body:
     try:
         return shape.model_validate_json(body)
     except ValidationError as error:
-        details = error.errors(include_input=False, include_url=False, include_context=False)
-        raise validation_error(details) from None
+        raise refusal(error) from None
 
 
 def _request_id(request: Request) -> str:

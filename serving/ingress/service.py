@@ -76,7 +76,7 @@ class GenerationService:
         self._engines = engines
         self._metrics = metrics
         self._rules = SamplingRules(directory, self.config, settings.ingress.max_logprobs)
-        self._restrictions = Restrictions(self.tokenizer)
+        self._restrictions = Restrictions(directory)
 
     async def completions(self, body: CompletionRequest, origin: Origin) -> Response:
         answer = CompletionAnswer(

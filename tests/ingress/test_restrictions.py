@@ -1,6 +1,8 @@
 """Restrictions: from fields to grammars that were compiled once, and the right field to blame."""
 
 import json
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,9 +18,15 @@ from tests.model.oracle import NANO
 
 TOKENIZER = Tokenizer.from_directory(NANO, ModelConfig.from_directory(NANO))
 COMPILER = GrammarCompiler(TOKENIZER)
-RESTRICTIONS = Restrictions(TOKENIZER)
 BASE = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 MORE = {"type": "object", "properties": {"b": {"type": "integer"}}, "required": ["b"]}
+
+
+@pytest.fixture(scope="module")
+def restrictions() -> Iterator[Restrictions]:
+    made = Restrictions(NANO)
+    yield made
+    made.close()
 
 
 def body(**fields: Any) -> ChatRequest:
@@ -26,9 +34,9 @@ def body(**fields: Any) -> ChatRequest:
     return ChatRequest.model_validate_json(json.dumps(given))
 
 
-async def accepts(text: str, **fields: Any) -> bool:
+async def accepts(restrictions: Restrictions, text: str, **fields: Any) -> bool:
     request = body(**fields)
-    grammar = await RESTRICTIONS.grammar(request, Tools.of(request))
+    grammar = await restrictions.grammar(request, Tools.of(request))
     assert grammar is not None
     matcher = COMPILER.compile(grammar).deep_copy()
     return matcher.consume_tokens(TOKENIZER.encode_text(text)) and matcher.is_accepting()
@@ -57,10 +65,10 @@ async def accepts(text: str, **fields: Any) -> bool:
     ],
 )  # fmt: skip
 async def test_a_restriction_allows_what_it_says(
-    fields: dict[str, Any], good: str, bad: str
+    restrictions: Restrictions, fields: dict[str, Any], good: str, bad: str
 ) -> None:
-    assert await accepts(good, **fields)
-    assert not await accepts(bad, **fields)
+    assert await accepts(restrictions, good, **fields)
+    assert not await accepts(restrictions, bad, **fields)
 
 
 @pytest.mark.parametrize(
@@ -75,15 +83,38 @@ async def test_a_restriction_allows_what_it_says(
     ],
 )  # fmt: skip
 async def test_what_cannot_be_compiled_is_a_400_that_names_its_field(
-    fields: dict[str, Any], param: str
+    restrictions: Restrictions, fields: dict[str, Any], param: str
 ) -> None:
     request = body(**fields)
     with pytest.raises(ApiError) as caught:
-        await RESTRICTIONS.grammar(request, Tools.of(request))
+        await restrictions.grammar(request, Tools.of(request))
     assert (caught.value.status, caught.value.param) == (400, param)
     assert "no such type" not in caught.value.message
 
 
-async def test_without_a_restriction_there_is_no_grammar() -> None:
-    assert await RESTRICTIONS.grammar(body(), None) is None
-    assert await RESTRICTIONS.grammar(body(response_format={"type": "text"}), None) is None
+async def test_without_a_restriction_there_is_no_grammar(restrictions: Restrictions) -> None:
+    assert await restrictions.grammar(body(), None) is None
+    assert await restrictions.grammar(body(response_format={"type": "text"}), None) is None
+
+
+@pytest.mark.parametrize("regex", [".*" * 16_000, "a{1000000000}"])
+async def test_a_grammar_that_would_take_minutes_is_given_up_and_the_next_one_goes_on(
+    restrictions: Restrictions, regex: str
+) -> None:
+    started = time.monotonic()
+    with pytest.raises(ApiError) as caught:
+        await restrictions.grammar(body(guided_regex=regex))
+    assert (caught.value.status, caught.value.param) == (400, "guided_regex")
+    assert "too long" in caught.value.message or "complex" in caught.value.message
+    assert time.monotonic() - started < 20
+    assert await accepts(restrictions, "ab", guided_regex="[a-c]{2}")
+
+
+async def test_a_process_that_ended_is_replaced(restrictions: Restrictions) -> None:
+    assert await accepts(restrictions, "x", guided_regex="x")
+    process = restrictions._process._process
+    assert process is not None
+    process.kill()
+    with pytest.raises(ApiError):
+        await restrictions.grammar(body(guided_regex="y"))
+    assert await accepts(restrictions, "z", guided_regex="z")
