@@ -45,6 +45,7 @@ class Message(Strict):
     audio: Annotated[None, Refused()] = None
     function_call: Annotated[None, Refused("use tool_calls")] = None
     annotations: Annotated[list[Any] | None, NO_EFFECT] = None
+    provider_specific_fields: Annotated[dict[str, Any] | None, NO_EFFECT] = None  # litellm's own
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> Self:

@@ -72,7 +72,7 @@ def _answers(endpoint: Endpoint, of: _References) -> dict[str, Any]:
         return {"text/plain": {"schema": {"type": "string"}}}
     answers: dict[str, Any] = {"application/json": {"schema": of[endpoint.answer]}}
     if endpoint.streams:
-        answers["text/event-stream"] = {"schema": {"type": "string"}}
+        answers["text/event-stream"] = {}
     return answers
 
 

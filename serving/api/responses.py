@@ -227,7 +227,7 @@ class ResponsesRequest(Strict):
     # What this server offers beyond OpenAI's schema, as in a chat request.
     top_k: int | None = Field(None, ge=-1, lt=2**31, description="0 or -1: all tokens")
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     cache_salt: str | None = None
     priority: int | None = Field(None, ge=-1000, le=1000, description="lower goes first")
 

@@ -69,7 +69,7 @@ class Sampling(Strict):
     # What vLLM and SGLang offer beyond OpenAI's schema.
     top_k: int | None = Field(None, ge=-1, lt=2**31, description="0 or -1: all tokens")
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     min_tokens: int | None = Field(None, ge=0, lt=2**31, description="no end before so many")
     ignore_eos: bool | None = None
     stop_token_ids: TokenIds | None = Field(None, max_length=MAX_LISTED_IDS)

@@ -183,12 +183,20 @@ class CallParser:
         if self._inside == "arguments":
             end = self._arguments.find(text)
             if text[:end]:
-                delta.calls.append(CallDelta(self._calls - 1, text[:end]))
+                self._say(text[:end], delta)
             if self._arguments.complete:
                 self._inside = "end"
             return text[end:]
         self._rest += text
         return self._head(delta) if self._inside == "head" else self._end()
+
+    def _say(self, arguments: str, delta: Delta) -> None:
+        """A delta has one piece of a call at most: some clients read no more of one index."""
+        index = self._calls - 1
+        if delta.calls and delta.calls[-1].index == index:
+            delta.calls[-1].arguments += arguments
+        else:
+            delta.calls.append(CallDelta(index, arguments))
 
     def _head(self, delta: Delta) -> str:
         name, found, arguments = self._rest.partition(_ARGUMENTS)

@@ -1,8 +1,9 @@
 """Other people's clients against this server: `make test-clients`.
 
-Every client has a folder here with what it needs (requirements.txt or package.json) and a script
-that fails when something is wrong; its last line of output is shown. Each is installed into an
-environment of its own under .clients/, and all of them talk to one server with the bundled model.
+Every client has a folder here with what it needs (requirements.txt, or package.json and its lock)
+and a script that fails when something is wrong; its last line of output is shown. Each is
+installed once into an environment of its own under .clients/, and all of them talk to one server
+with the bundled model.
 """
 
 import argparse
@@ -15,16 +16,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 ENVIRONMENTS = ROOT / ".clients"
+CHECKPOINT = ROOT / "model" / "nano" / "checkpoint"
 INSTALL_TIMEOUT_S = 900
 CLIENT_TIMEOUT_S = 600
 START_TIMEOUT_S = 180
-OFFLINE = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
+STOP_TIMEOUT_S = 60
+POLL_S = 0.2
+TAIL_LINES = 40
+NODE_MAJOR = 20
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "NO_PROXY": "127.0.0.1",
+}
 
 
 class Unavailable(Exception):
@@ -32,13 +44,13 @@ class Unavailable(Exception):
 
 
 def clients() -> list[str]:
-    return sorted(path.name for path in HERE.iterdir() if _needs(path) is not None)
+    return sorted(path.name for path in HERE.iterdir() if _needs(path))
 
 
-def _needs(folder: Path) -> Path | None:
-    """The file that says what a client needs."""
-    files = (folder / "requirements.txt", folder / "package.json")
-    return next((file for file in files if file.is_file()), None)
+def _needs(folder: Path) -> list[Path]:
+    """The files that say what a client needs."""
+    names = ("requirements.txt", "package.json", "package-lock.json")
+    return [folder / name for name in names if (folder / name).is_file()]
 
 
 def install(client: str) -> list[str]:
@@ -48,16 +60,21 @@ def install(client: str) -> list[str]:
         Unavailable: its interpreter is missing, or the installation fails.
     """
     needs = _needs(HERE / client)
-    assert needs is not None
     home = ENVIRONMENTS / client
+    in_python = needs[0].name == "requirements.txt"
+    if not in_python:
+        _require_node()
     stamp = home / "installed"
-    wanted = hashlib.sha256(needs.read_bytes()).hexdigest()
+    wanted = hashlib.sha256(b"".join(file.read_bytes() for file in needs)).hexdigest()
     if not stamp.is_file() or stamp.read_text() != wanted:
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir(parents=True)
-        (_install_python if needs.suffix == ".txt" else _install_node)(home, needs)
+        if in_python:
+            _install_python(home, needs[0])
+        else:
+            _install_node(home, needs)
         stamp.write_text(wanted)
-    if needs.suffix == ".txt":
+    if in_python:
         return [str(home / "bin" / "python"), str(HERE / client / "client.py")]
     # Node looks for packages beside the script.
     shutil.copy(HERE / client / "client.mjs", home / "client.mjs")
@@ -67,24 +84,31 @@ def install(client: str) -> list[str]:
 def _install_python(home: Path, needs: Path) -> None:
     _checked([sys.executable, "-m", "venv", str(home)])
     pip = [str(home / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
-    lines = needs.read_text().splitlines()
-    torch = [line for line in lines if line.startswith("torch==")]
+    torch = [line for line in needs.read_text().splitlines() if line.startswith("torch==")]
     if torch:  # first and alone: nothing else may choose another build of it
         _checked([*pip, *torch])
     _checked([*pip, "-r", str(needs)])
 
 
-def _install_node(home: Path, needs: Path) -> None:
+def _install_node(home: Path, needs: list[Path]) -> None:
+    for file in needs:
+        shutil.copy(file, home)
+    _checked(["npm", "ci", "--silent", "--no-audit", "--no-fund", "--prefix", str(home)])
+
+
+def _require_node() -> None:
     if shutil.which("node") is None or shutil.which("npm") is None:
         raise Unavailable("node and npm are not installed")
-    shutil.copy(needs, home / "package.json")
-    _checked(["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(home)])
+    said = subprocess.run(["node", "--version"], capture_output=True, text=True).stdout.strip()
+    if int(said.removeprefix("v").partition(".")[0]) < NODE_MAJOR:
+        raise Unavailable(f"node {NODE_MAJOR} is needed, this is {said}")
 
 
 def _checked(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S)
     if done.returncode:
-        raise Unavailable((done.stderr or done.stdout).strip().splitlines()[-1][:200])
+        said = (done.stderr or done.stdout).strip().splitlines() or ["it says nothing"]
+        raise Unavailable(f"installation failed: {said[-1][:200]}")
 
 
 @contextmanager
@@ -93,30 +117,32 @@ def server() -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(ROOT / ".venv" / "bin" / "expertline"), "up", "--port", str(port)]
+    command = [str(ROOT / ".venv" / "bin" / "expertline"), "up", "--model", "nano"]
     command += ["--stages", "2", "--expert-parallel", "2", "--dtype", "float32"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    ENVIRONMENTS.mkdir(exist_ok=True)
+    log = ENVIRONMENTS / "server.log"  # not a pipe: nobody would read it
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, "--port", str(port)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
-        _wait_until_ready(process)
+        _wait_until_ready(process, log)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        process.wait(STOP_TIMEOUT_S)
 
 
-def _wait_until_ready(process: "subprocess.Popen[str]") -> None:
-    assert process.stdout is not None
+def _wait_until_ready(process: "subprocess.Popen[bytes]", log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
-    said = []
-    for line in process.stdout:
-        said.append(line)
-        if line.startswith("ready "):
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(line.startswith("ready ") for line in log.read_text().splitlines()):
             return
-        if time.monotonic() > deadline:
-            break
-    sys.exit("the server did not start:\n" + "".join(said[-20:]))
+        time.sleep(POLL_S)
+    sys.exit("the server did not start:\n" + _tail(log.read_text()))
 
 
 def run(client: str, url: str) -> tuple[str, str]:
@@ -124,9 +150,15 @@ def run(client: str, url: str) -> tuple[str, str]:
     try:
         command = install(client)
     except (Unavailable, subprocess.TimeoutExpired) as error:
-        return "SKIP", f"cannot be installed: {error}"
-    environment = {**os.environ, **OFFLINE, "EXPERTLINE_URL": url, "OPENAI_API_KEY": "none"}
-    environment |= {"EXPERTLINE_CHECKPOINT": str(ROOT / "model" / "nano" / "checkpoint")}
+        return "SKIP", str(error)
+    environment = {
+        **os.environ,
+        **OFFLINE,
+        "EXPERTLINE_URL": url,
+        "EXPERTLINE_CHECKPOINT": str(CHECKPOINT),
+        "OPENAI_API_KEY": "none",
+        "HF_HOME": str(ENVIRONMENTS / client / "huggingface"),
+    }
     try:
         done = subprocess.run(
             command,
@@ -139,8 +171,12 @@ def run(client: str, url: str) -> tuple[str, str]:
     except subprocess.TimeoutExpired:
         return "FAIL", f"still running after {CLIENT_TIMEOUT_S} s"
     if done.returncode:
-        return "FAIL", "\n".join((done.stdout + done.stderr).strip().splitlines()[-30:])
+        return "FAIL", "\n" + _tail(f"{done.stdout}\n{done.stderr}")
     return "PASS", (done.stdout.strip().splitlines() or [""])[-1]
+
+
+def _tail(text: str) -> str:
+    return "\n".join(text.strip().splitlines()[-TAIL_LINES:])
 
 
 def main() -> None:
@@ -149,7 +185,7 @@ def main() -> None:
     parser.add_argument("--url", help="a running server with nano in fp32, instead of an own one")
     options = parser.parse_args()
     counts = {"PASS": 0, "FAIL": 0, "SKIP": 0}
-    with contextmanager(lambda: iter([options.url]))() if options.url else server() as url:
+    with nullcontext(options.url) if options.url else server() as url:
         for client in options.only or clients():
             started = time.monotonic()
             verdict, said = run(client, url)

@@ -1,5 +1,6 @@
-"""`llm`, the command line: a chat and a completion model from extra-openai-models.yaml."""
+"""`llm`, the command line: chat and completion models, a schema, a tools loop, a conversation."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,11 +12,25 @@ MODELS = """
   model_name: nano
   api_base: {url}/v1
   supports_tools: true
+  supports_schema: true
 - model_id: nano-completion
   model_name: nano
   api_base: {url}/v1
   completion: true
 """
+FUNCTIONS = """
+def look() -> str:
+    "Looks at the light."
+    return "it is red"
+"""
+SCHEMA = {
+    "type": "object",
+    "properties": {"red": {"type": "boolean"}, "lamps": {"enum": [1, 2, 3]}},
+    "required": ["red", "lamps"],
+    "additionalProperties": False,
+}
+SHORT = ["-o", "max_tokens", "16", "-o", "seed", "1", "-o", "temperature", "0"]
+ENOUGH = ["-o", "max_tokens", "100", "-o", "seed", "1", "-o", "temperature", "0"]
 
 
 def ask(home: str, *arguments: str) -> str:
@@ -26,17 +41,44 @@ def ask(home: str, *arguments: str) -> str:
     return done.stdout
 
 
-def main() -> None:
-    with tempfile.TemporaryDirectory() as home:
-        models = MODELS.format(url=os.environ["EXPERTLINE_URL"])
-        Path(home, "extra-openai-models.yaml").write_text(models)
-        options = ["-o", "max_tokens", "16", "-o", "seed", "1", "-o", "temperature", "0"]
-        for model in ("nano-chat", "nano-completion"):
-            streamed = ask(home, "-m", model, *options, "def f(x):")
-            whole = ask(home, "-m", model, "--no-stream", *options, "def f(x):")
-            assert streamed.strip()
-            assert streamed == whole
+def last_log(home: str) -> dict:
+    (entry,) = json.loads(ask(home, "logs", "-n", "1", "--json"))
+    return entry
+
+
+def streamed_and_whole(home: str) -> None:
+    for model in ("nano-chat", "nano-completion"):
+        streamed = ask(home, "-m", model, *SHORT, "def f(x):")
+        assert streamed.strip()
+        assert streamed == ask(home, "-m", model, "--no-stream", *SHORT, "def f(x):")
+    ask(home, "-m", "nano-chat", *SHORT, "def f(x):")
+    assert last_log(home)["output_tokens"] == 16
+
+
+def schema(home: str) -> None:
+    answer = json.loads(ask(home, "-m", "nano-chat", *ENOUGH, "--schema", json.dumps(SCHEMA), "hi"))
+    assert isinstance(answer["red"], bool)
+    assert answer["lamps"] in (1, 2, 3)
+
+
+def tools(home: str) -> None:
+    """The model may call or not; either way the server takes the tools and what follows."""
+    for way in ([], ["--no-stream"]):
+        ask(home, "-m", "nano-chat", *way, *ENOUGH, "--functions", FUNCTIONS, "Look!")
+
+
+def conversation(home: str) -> None:
+    ask(home, "-m", "nano-chat", *SHORT, "hi")
+    before = last_log(home)["input_tokens"]
+    ask(home, "-c", *SHORT, "hi")
+    assert last_log(home)["input_tokens"] > before
 
 
 if __name__ == "__main__":
-    main()
+    with tempfile.TemporaryDirectory() as home:
+        models = MODELS.format(url=os.environ["EXPERTLINE_URL"])
+        Path(home, "extra-openai-models.yaml").write_text(models)
+        streamed_and_whole(home)
+        schema(home)
+        tools(home)
+        conversation(home)
