@@ -97,15 +97,14 @@ async def test_without_a_restriction_there_is_no_grammar(restrictions: Restricti
     assert await restrictions.grammar(body(response_format={"type": "text"}), None) is None
 
 
-@pytest.mark.parametrize("regex", [".*" * 16_000, "a{1000000000}"])
 async def test_a_grammar_that_would_take_minutes_is_given_up_and_the_next_one_goes_on(
-    restrictions: Restrictions, regex: str
+    restrictions: Restrictions,
 ) -> None:
     started = time.monotonic()
     with pytest.raises(ApiError) as caught:
-        await restrictions.grammar(body(guided_regex=regex))
+        await restrictions.grammar(body(guided_regex=".*" * 16_000))
     assert (caught.value.status, caught.value.param) == (400, "guided_regex")
-    assert "too long" in caught.value.message or "complex" in caught.value.message
+    assert "too long" in caught.value.message
     assert time.monotonic() - started < 20
     assert await accepts(restrictions, "ab", guided_regex="[a-c]{2}")
 
