@@ -253,9 +253,9 @@ def test_arguments_of_an_earlier_call_may_be_any_text(label: str) -> None:
 
 
 def test_whose_grammar_waits_for_others_may_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(restrictions, "_COMPILE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(restrictions, "_TURN_TIMEOUT_S", 0.1)
     with serving() as server:
-        server.it.service._restrictions._pool.submit(time.sleep, 1)
+        server.it.service._restrictions._pool.submit(time.sleep, 3)
         body = with_value("completions", "guided_regex", '"a"')
         reply = server.do(ask(server.it.app, "/v1/completions", body))
         assert reply.status == 503
