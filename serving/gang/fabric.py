@@ -9,6 +9,7 @@ No Ray, pydantic or msgspec here, so that the fabrics run on a bare GPU machine.
 
 import contextlib
 import os
+import re
 import socket
 import stat
 import threading
@@ -136,13 +137,19 @@ class GlooFabric:
         try:
             return getattr(self._group, call)(*args)
         except RuntimeError as error:
-            raise FabricError(f"{call}: {error}") from error
+            raise _broken(error) from error
 
     def _wait(self, work: Any) -> None:
         try:
             work.wait()
         except RuntimeError as error:
-            raise FabricError(str(error)) from error
+            raise _broken(error) from error
+
+
+def _broken(error: RuntimeError) -> FabricError:
+    """What a user can do something with; gloo tells where in its sources it noticed, and more."""
+    reason = re.sub(r"^\[[^ ]*\] ", "", str(error)).split(". ")[0]
+    return FabricError(f"a peer is gone or too slow: {reason}")
 
 
 def _own_sockets() -> list[tuple[int, socket.socket]]:
