@@ -8,7 +8,6 @@ moves into the query and into the output, and attention runs over the latents as
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import ops
@@ -72,16 +71,26 @@ class Expansion(nn.Module):
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [m, heads, nope] and values [m, heads, v] of latents [m, latent]."""
-        keys, values = F.linear(latents, self.weight).split(self.sizes, dim=-1)
+        keys, values = ops.linear(latents, self.weight).split(self.sizes, dim=-1)
         return keys.unflatten(-1, (self.heads, -1)), values.unflatten(-1, (self.heads, -1))
 
     def absorb(self, query: Tensor) -> Tensor:
         """Queries [n, heads, nope] for keys as queries for latents, [n, heads, latent]."""
-        return torch.bmm(query.transpose(0, 1), self.key).transpose(0, 1)
+        return ops.linear_heads(query, self._absorbing)
 
     def release(self, mixed: Tensor) -> Tensor:
         """Mixtures of latents [n, heads, latent] as mixtures of values, [n, heads, v]."""
-        return torch.bmm(mixed.transpose(0, 1), self.value.transpose(1, 2)).transpose(0, 1)
+        return ops.linear_heads(mixed, self._releasing)
+
+    def pack(self) -> None:
+        """Brings the weight into the forms that the device computes with.
+
+        Nothing can be loaded then.
+        """
+        whole = self.weight.detach()
+        self._absorbing = ops.pack_heads(self.key.detach().transpose(1, 2))
+        self._releasing = ops.pack_heads(self.value.detach())
+        self.weight = nn.Parameter(ops.pack(whole), requires_grad=False)
 
     def slots(self, name: str) -> Iterator[Slot]:
         by_head = zip(self.key, self.value, strict=True)

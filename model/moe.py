@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from model import ops
 from model.config import ModelConfig
 from model.layers import MLP, Slot, weight
-from model.ops.reference import Experts
 
 
 class LocalExperts(nn.Module):
@@ -21,18 +20,19 @@ class LocalExperts(nn.Module):
         gate_up: [experts, 2 * inner, hidden], the gate's rows before the up projection's.
         down: [experts, hidden, inner].
 
-    Both are tensors while they are loaded, and whatever the device prefers after `pack`.
+    Both are there while they are loaded; `pack` replaces them by what the device prefers.
     """
 
-    gate_up: Experts
-    down: Experts
-
-    def __init__(self, config: ModelConfig, held: range, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, held: range, dtype: torch.dtype, quantize: str | None = None
+    ) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.moe_intermediate_size
         self.first = held.start
         self.gate_up = weight(len(held), 2 * inner, hidden, dtype=dtype)
         self.down = weight(len(held), hidden, inner, dtype=dtype)
+        self._quantize = quantize
+        self._packed: ops.Experts = None
 
     def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum over those of each row's experts that live here.
@@ -45,14 +45,12 @@ class LocalExperts(nn.Module):
         Returns:
             [N, hidden] in hidden's dtype.
         """
-        return ops.weighted_experts(hidden, ids, weights, self.gate_up, self.down, self.first)
+        return ops.weighted_experts(hidden, ids, weights, self._packed, self.first)
 
     def pack(self) -> None:
         """Brings the weights into the device's favourite form; nothing can be loaded then."""
-        for name in ("gate_up", "down"):
-            stacked = getattr(self, name)
-            delattr(self, name)
-            setattr(self, name, ops.pack_experts(stacked))
+        self._packed = ops.pack_experts(self.gate_up.detach(), self.down.detach(), self._quantize)
+        del self.gate_up, self.down
 
     def slots(self, name: str) -> Iterator[Slot]:
         for i, (gate_up, down) in enumerate(zip(self.gate_up, self.down, strict=True)):
@@ -118,11 +116,16 @@ class MoE(nn.Module):
     """Shared experts, which every row sees, and the routed ones that its gate chooses."""
 
     def __init__(
-        self, config: ModelConfig, held: range, dtype: torch.dtype, exchange: ExpertExchange
+        self,
+        config: ModelConfig,
+        held: range,
+        dtype: torch.dtype,
+        exchange: ExpertExchange,
+        quantize: str | None = None,
     ) -> None:
         super().__init__()
         self.gate = Gate(config)
-        self.experts = LocalExperts(config, held, dtype)
+        self.experts = LocalExperts(config, held, dtype, quantize)
         shared = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = MLP(config.hidden_size, shared, dtype) if shared else None
         self.exchange = exchange

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import Attention
+from model.attention import Attention, Expansion
 from model.cache import LatentCache
 from model.config import CheckpointError, ModelConfig
 from model.context import StepContext
@@ -92,6 +92,7 @@ class Stage(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str,
         exchange: ExpertExchange,
+        quantize: str | None = None,
     ) -> None:
         super().__init__()
         held = layout.experts(cell.rank)
@@ -99,7 +100,7 @@ class Stage(nn.Module):
         def feed_forward(layer: int) -> MLP | MoE:
             if config.is_dense(layer):
                 return MLP(config.hidden_size, config.intermediate_size, dtype)
-            return MoE(config, held, dtype, exchange)
+            return MoE(config, held, dtype, exchange, quantize)
 
         with torch.device(device):
             self.embedding = (
@@ -156,7 +157,7 @@ class Stage(nn.Module):
             )
         self._slots.clear()  # views that would keep the weights as they were loaded
         for module in self.modules():
-            if isinstance(module, Linear | LocalExperts):
+            if isinstance(module, Linear | Expansion | LocalExperts):
                 module.pack()
 
     def forward(self, inputs: Tensor, context: StepContext, cache: LatentCache) -> Tensor:

@@ -13,7 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from model.ops import cpu, reference
-from model.ops.reference import Experts
+
+# Routed experts in the form that a device computes with, which is its own affair.
+Experts = Any
 
 _KERNELS: dict[str, ModuleType] = {"cpu": cpu}
 
@@ -32,14 +34,29 @@ def pack(weight: Tensor) -> Tensor:
     return _run("pack", weight)
 
 
-def pack_experts(weights: Tensor) -> Experts:
-    """Weights [E, out, in] as `weighted_experts` reads them fastest."""
-    return _run("pack_experts", weights)
+def pack_heads(weight: Tensor) -> Tensor:
+    """Weights [heads, out, in] as `linear_heads` reads them fastest; may be a view."""
+    return _run("pack_heads", weight)
+
+
+def pack_experts(gate_up: Tensor, down: Tensor, quantize: str | None = None) -> Experts:
+    """Weights [E, 2 inter, H] and [E, H, inter] as `weighted_experts` reads them fastest.
+
+    Args:
+        quantize: "int8": whole numbers with a scale for each row of a weight. Kernels for them
+            quantize their inputs too, row by row; the reference does not.
+    """
+    return _run("pack_experts", gate_up, down, quantize)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, in] times the transpose of a weight [out, in], packed or not: [T, out]."""
     return _run("linear", x, weight)
+
+
+def linear_heads(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, heads, in] times the transposes of each head's weight, packed: [T, heads, out]."""
+    return _run("linear_heads", x, weight)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -154,7 +171,7 @@ def route(
 
 
 def weighted_experts(
-    hidden: Tensor, ids: Tensor, weights: Tensor, gate_up: Experts, down: Experts, first: int
+    hidden: Tensor, ids: Tensor, weights: Tensor, experts: Experts, first: int
 ) -> Tensor:
     """The weighted sum over those of each row's experts that are here.
 
@@ -162,11 +179,10 @@ def weighted_experts(
         hidden: [N, H]; N may be 0.
         ids: [N, k] int64; experts that are not here, and -1, contribute nothing.
         weights: [N, k] fp32.
-        gate_up: [E, 2 inter, H], experts first to first + E - 1; packed or not.
-        down: [E, H, inter]; packed or not.
+        experts: first to first + E - 1, as `pack_experts` made them.
         first: id of the first expert here.
 
     Returns:
         [N, H] in hidden's dtype, summed in fp32.
     """
-    return _run("weighted_experts", hidden, ids, weights, gate_up, down, first)
+    return _run("weighted_experts", hidden, ids, weights, experts, first)

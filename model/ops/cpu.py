@@ -1,4 +1,6 @@
-"""What torch's CPU kernels do faster than the plain formula.
+"""What CPUs do faster than the plain formula: our own kernels, else torch's.
+
+Our own (`model.ops.native`) are for bf16 on CPUs with AVX-512 BF16. Everything else:
 
 Attention goes through the flash kernel, which never holds all scores at once. It wants keys and
 values of one width, so values are read together with their neighbours in memory and the surplus
@@ -12,49 +14,96 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.ops import reference
+from model.ops import native, reference
 
 # Latents gathered at a time in decode: 19 MB in bf16, whatever the batch and its lengths.
 _GATHERED_TOKENS = 16384
+
+_PANELS = 4  # dimensions of a weight as panels
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _PACKS = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def pack(weight: Tensor) -> Tensor:
+    if native.available(weight) and (panels := native.panels(weight)) is not None:
+        return panels
     if not _PACKS or weight.dtype != torch.bfloat16:
         return weight
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
     return packed
 
 
-def pack_experts(weights: Tensor) -> reference.Experts:
-    if not _PACKS or weights.dtype != torch.bfloat16:
-        return weights
-    return [pack(weight) for weight in weights]
+def pack_heads(weight: Tensor) -> Tensor:
+    panels = native.panels(weight) if native.available(weight) else None
+    return weight if panels is None else panels
+
+
+def pack_experts(
+    gate_up: Tensor, down: Tensor, quantize: str | None = None
+) -> reference.Experts | native.PanelExperts:
+    if native.available(gate_up):
+        packed = native.pack_experts(gate_up, down, quantize)
+        if packed is not None:
+            return packed
+    plain = reference.pack_experts(gate_up, down, quantize)
+    if not _PACKS or gate_up.dtype != torch.bfloat16:
+        return plain
+    return reference.Experts(*([pack(weight) for weight in weights] for weights in plain))
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
+    if weight.dim() == _PANELS:
+        return native.linear(x, weight)
     if not weight.is_mkldnn:
         return F.linear(x, weight)
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return out
 
 
+def linear_heads(x: Tensor, weight: Tensor) -> Tensor:
+    if weight.dim() == 1 + _PANELS:
+        return native.linear_heads(x, weight)
+    return reference.linear_heads(x, weight)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    out = native.rms_norm(x, weight, eps) if native.available(x) else None
+    return reference.rms_norm(x, weight, eps) if out is None else out
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    out = native.silu_mul(gate_up) if native.available(gate_up) else None
+    return reference.silu_mul(gate_up) if out is None else out
+
+
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    if not (native.available(x) and native.rotate_(x, cos, sin)):
+        reference.rotate_(x, cos, sin)
+
+
+def route(
+    logits: Tensor, top_k: int, groups: int, groups_kept: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    kind = native if native.LOADED else reference
+    return kind.route(logits, top_k, groups, groups_kept, scale)
+
+
 def weighted_experts(
     hidden: Tensor,
     ids: Tensor,
     weights: Tensor,
-    gate_up: reference.Experts,
-    down: reference.Experts,
+    experts: reference.Experts | native.PanelExperts,
     first: int,
 ) -> Tensor:
+    if isinstance(experts, native.PanelExperts):
+        return native.weighted_experts(hidden, ids, weights, experts, first)
     return reference.weighted_experts(
-        hidden, ids, weights, gate_up, down, first, grouped_linear=_expert_by_expert
+        hidden, ids, weights, experts, first, grouped_linear=_expert_by_expert
     )
 
 
-def _expert_by_expert(x: Tensor, weights: reference.Experts, ends: Tensor) -> Tensor:
+def _expert_by_expert(x: Tensor, weights: reference.Weights, ends: Tensor) -> Tensor:
     parts, start = [], 0
     for expert, end in enumerate(ends.tolist()):
         if end > start:
@@ -98,7 +147,14 @@ def attend_latents(
 def attend_pages(
     query: Tensor, cache: Tensor, pages: Tensor, lengths: Tensor, value_dim: int, scale: float
 ) -> Tensor:
-    """A block of positions of all sequences at a time; those that have ended drop out."""
+    """Where pages must be gathered: a block of positions of all sequences at a time.
+
+    Sequences that have ended drop out.
+    """
+    if native.available(query):
+        found = native.attend_pages(query, cache, pages, lengths, value_dim, scale)
+        if found is not None:
+            return found
     longest, page = int(lengths[0]), cache.shape[1]
     block = max(_GATHERED_TOKENS // len(query), page)
     out, lse = None, None

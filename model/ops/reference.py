@@ -4,25 +4,48 @@ Signatures and meaning are those of `model.ops`.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.quantize import from_int8, int8
+
 # Weights [out, in] of several experts, in one tensor or apart.
-Experts = Tensor | Sequence[Tensor]
+Weights = Tensor | Sequence[Tensor]
+
+
+class Experts(NamedTuple):
+    """Routed experts of one rank as torch computes with them."""
+
+    gate_up: Weights
+    down: Weights
 
 
 def pack(weight: Tensor) -> Tensor:
     return weight
 
 
-def pack_experts(weights: Tensor) -> Experts:
-    return weights
+def pack_heads(weight: Tensor) -> Tensor:
+    return weight
+
+
+def pack_experts(gate_up: Tensor, down: Tensor, quantize: str | None = None) -> Experts:
+    return Experts(as_quantized(gate_up, quantize), as_quantized(down, quantize))
+
+
+def as_quantized(weights: Tensor, quantize: str | None) -> Tensor:
+    """Weights with the error of the quantization, in their own dtype."""
+    return weights if quantize is None else from_int8(*int8(weights), weights.dtype)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
+
+
+def linear_heads(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -108,7 +131,7 @@ def route(
     return ids, weights * scale
 
 
-def _grouped_linear(x: Tensor, weights: Experts, ends: Tensor) -> Tensor:
+def _grouped_linear(x: Tensor, weights: Weights, ends: Tensor) -> Tensor:
     """Rows of x up to ends[0] times weights[0], up to ends[1] times weights[1], …
 
     Rows past the last end come out as anything.
@@ -121,17 +144,16 @@ def weighted_experts(
     hidden: Tensor,
     ids: Tensor,
     weights: Tensor,
-    gate_up: Experts,
-    down: Experts,
+    experts: Experts,
     first: int,
-    grouped_linear: Callable[[Tensor, Experts, Tensor], Tensor] = _grouped_linear,
+    grouped_linear: Callable[[Tensor, Weights, Tensor], Tensor] = _grouped_linear,
 ) -> Tensor:
-    (rows, top_k), experts = ids.shape, len(gate_up)
+    (gate_up, down), (rows, top_k), held = experts, ids.shape, len(experts.gate_up)
     if rows == 0:
         return torch.zeros_like(hidden)
     local = (ids - first).flatten()
-    local = torch.where((local >= 0) & (local < experts), local, experts)  # last: not here
-    ends = torch.bincount(local, minlength=experts + 1)[:experts].cumsum(0).int()  # [E]
+    local = torch.where((local >= 0) & (local < held), local, held)  # last: not here
+    ends = torch.bincount(local, minlength=held + 1)[:held].cumsum(0).int()  # [E]
     order = local.argsort(stable=True)[: int(ends[-1])]  # [M] entries that are here, by expert
     # One row more than there are entries: what an expert that is not here contributes.
     entries = hidden.index_select(0, F.pad(order // top_k, (0, 1)))  # [M + 1, H]

@@ -152,16 +152,15 @@ def test_weighted_experts_sums_what_the_local_ones_say(rows: int, dtype: torch.d
     down = (torch.randn(4, 16, 16) / 4).to(dtype)
     hidden, weights = torch.randn(rows, 16).to(dtype), torch.rand(rows, 3)
     ids = torch.rand(rows, 12).topk(3).indices - 1  # -1 to 10, of which 4 to 7 are here
-    out = ops.weighted_experts(hidden, ids, weights, gate_up, down, 4)
+    out = ops.weighted_experts(hidden, ids, weights, ops.pack_experts(gate_up, down), 4)
     assert out.dtype == dtype
     close(out, dense_experts(hidden, ids, weights, gate_up, down, 4), dtype)
-    packed = ops.pack_experts(gate_up), ops.pack_experts(down)
-    close(ops.weighted_experts(hidden, ids, weights, *packed, 4), out, dtype)
-    close(reference.weighted_experts(hidden, ids, weights, gate_up, down, 4), out, dtype)
+    plain = reference.pack_experts(gate_up, down)
+    close(reference.weighted_experts(hidden, ids, weights, plain, 4), out, dtype)
 
 
 def test_weighted_experts_of_rows_whose_experts_are_all_elsewhere_is_zero() -> None:
     hidden, ids = torch.randn(3, 16), torch.tensor([[0, 9], [-1, -1], [8, 3]])
-    gate_up, down = torch.randn(4, 24, 16), torch.randn(4, 16, 12)
-    out = ops.weighted_experts(hidden, ids, torch.ones(3, 2), gate_up, down, 4)
+    experts = ops.pack_experts(torch.randn(4, 24, 16), torch.randn(4, 16, 12))
+    out = ops.weighted_experts(hidden, ids, torch.ones(3, 2), experts, 4)
     assert torch.equal(out, torch.zeros(3, 16))

@@ -1,0 +1,215 @@
+// The routed experts of one rank: sorted by expert, through gate and up, down, and added up.
+//
+// With int8 weights the inputs are quantized as well, row by row, so that products are of whole
+// numbers; scales of a weight's rows and of the inputs come in at the end.
+
+#include <cmath>
+#include <vector>
+
+#include "panels.h"
+
+namespace {
+
+// A stack of weights [experts, outputs, inputs] as panels; scales and sums [experts, outputs] are
+// those of int8: what a row was divided by, and the sum of its numbers.
+struct Weights {
+  const char* panels;
+  const float* scales;
+  const int32_t* sums;
+};
+
+// Entries, which are pairs of a row and an expert, in the order of the experts.
+struct Entries {
+  std::vector<int> rows;
+  std::vector<float> shares;
+  std::vector<int> experts, begins;  // experts that have any, and where each one's begin
+};
+
+Entries sorted(const int64_t* ids, const float* weights, int picks, int top_k, int first,
+               int experts) {
+  std::vector<int> counts(experts + 1);
+  const auto here = [&](int p) { return ids[p] >= first && ids[p] < first + experts; };
+  for (int p = 0; p < picks; p++)
+    if (here(p)) counts[ids[p] - first + 1]++;
+  Entries found;
+  for (int e = 0; e < experts; e++) {
+    if (counts[e + 1]) found.experts.push_back(e), found.begins.push_back(counts[e]);
+    counts[e + 1] += counts[e];
+  }
+  found.begins.push_back(counts[experts]);
+  found.rows.resize(counts[experts]);
+  found.shares.resize(counts[experts]);
+  for (int p = 0; p < picks; p++) {
+    if (!here(p)) continue;
+    const int place = counts[ids[p] - first]++;
+    found.rows[place] = p / top_k;
+    found.shares[place] = weights[p];
+  }
+  return found;
+}
+
+// Rows as a kind of product takes them; `quantize` fills one.
+template <class Kind>
+struct Inputs;
+
+template <>
+struct Inputs<Bf16> {
+  const bf16* numbers;
+  int width;
+  Inputs(const bf16* source, int, int width) : numbers(source), width(width) {}
+  const bf16* row(int i) const { return numbers + static_cast<int64_t>(i) * width; }
+  void quantize(int) {}
+  __m512 value(__m512 sum, int, const Weights&, int64_t) const { return sum; }
+};
+
+template <>
+struct Inputs<Int8> {
+  const bf16* source;
+  int width;
+  std::vector<uint8_t> numbers;
+  std::vector<float> scales;
+  Inputs(const bf16* source, int rows, int width)
+      : source(source), width(width), numbers(static_cast<size_t>(rows) * width), scales(rows) {}
+  const uint8_t* row(int i) const { return &numbers[static_cast<int64_t>(i) * width]; }
+
+  // The largest magnitude becomes 127; 128 is added to what is stored. NaN makes the scale NaN,
+  // and so all that comes of the row.
+  void quantize(int i) {
+    const bf16* from = source + static_cast<int64_t>(i) * width;
+    __m512 most = _mm512_setzero_ps();
+    __mmask16 lost = 0;
+    for (int d = 0; d < width; d += LANES) {
+      const __m512 value = load_float(from + d);
+      lost |= _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+      most = _mm512_max_ps(most, _mm512_abs_ps(value));
+    }
+    const float largest = _mm512_reduce_max_ps(most);
+    scales[i] = lost ? NAN : largest / 127.0f;
+    const __m512 factor = _mm512_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
+    for (int d = 0; d < width; d += LANES) {
+      const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(load_float(from + d), factor));
+      const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_add_epi32(whole, _mm512_set1_epi32(128)));
+      uint8_t* to = &numbers[static_cast<int64_t>(i) * width + d];
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
+    }
+  }
+
+  // What the sum over column `column` and the 15 after it stands for.
+  __m512 value(__m512i sum, int i, const Weights& weights, int64_t column) const {
+    const __m512i offset = _mm512_slli_epi32(_mm512_loadu_si512(weights.sums + column), 7);
+    const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(weights.scales + column),
+                                       _mm512_set1_ps(scales[i]));
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum, offset)), scale);
+  }
+};
+
+template <class Kind>
+struct Layer {
+  using Number = typename Kind::Number;
+  using Sum = typename Kind::Sum;
+
+  const Entries& entries;
+  Weights gate_up, down;
+  int width, inner_width;
+  Inputs<Kind> hidden, inner;
+  bf16* inner_rows;
+  float* out;
+
+  static const char* panel(const Weights& weights, int64_t number, int inputs) {
+    return weights.panels + number * PANEL * inputs * (4 / Kind::GROUP);
+  }
+
+  // A panel has 32 of the gate's columns, and the same ones of the up projection.
+  void gate_and_up(int which, int panel_number) {
+    const int expert = entries.experts[which], panels = inner_width * 2 / PANEL;
+    const int64_t number = static_cast<int64_t>(expert) * panels + panel_number;
+    for (int p = entries.begins[which]; p < entries.begins[which + 1]; p += ROWS) {
+      const int count = std::min(ROWS, entries.begins[which + 1] - p);
+      const Number* at[ROWS];
+      for (int i = 0; i < count; i++) at[i] = hidden.row(entries.rows[p + i]);
+      Sum sums[ROWS][VECTORS];
+      products<Kind>(count, at, panel(gate_up, number, width), width, sums);
+      for (int i = 0; i < count; i++) {
+        bf16* to = inner_rows + static_cast<int64_t>(p + i) * inner_width + panel_number * PANEL / 2;
+        __m512 said[VECTORS];
+        for (int v = 0; v < VECTORS; v++)
+          said[v] = hidden.value(sums[i][v], entries.rows[p + i], gate_up,
+                                 number * PANEL + v * LANES);
+        store_bf16(to, _mm512_mul_ps(silu(said[0]), said[2]));
+        store_bf16(to + LANES, _mm512_mul_ps(silu(said[1]), said[3]));
+      }
+    }
+  }
+
+  void down_and_add(int which, int panel_number) {
+    const int expert = entries.experts[which], panels = width / PANEL;
+    const int64_t number = static_cast<int64_t>(expert) * panels + panel_number;
+    for (int p = entries.begins[which]; p < entries.begins[which + 1]; p += ROWS) {
+      const int count = std::min(ROWS, entries.begins[which + 1] - p);
+      const Number* at[ROWS];
+      for (int i = 0; i < count; i++) at[i] = inner.row(p + i);
+      Sum sums[ROWS][VECTORS];
+      products<Kind>(count, at, panel(down, number, inner_width), inner_width, sums);
+      for (int i = 0; i < count; i++) {
+        float* to = out + static_cast<int64_t>(entries.rows[p + i]) * width + panel_number * PANEL;
+        const __m512 share = _mm512_set1_ps(entries.shares[p + i]);
+        for (int v = 0; v < VECTORS; v++) {
+          const __m512 said = inner.value(sums[i][v], p + i, down, number * PANEL + v * LANES);
+          _mm512_storeu_ps(to + v * LANES,
+                           _mm512_fmadd_ps(share, said, _mm512_loadu_ps(to + v * LANES)));
+        }
+      }
+    }
+  }
+};
+
+template <class Kind>
+void run(const bf16* hidden, int n, const Entries& entries, Weights gate_up, Weights down,
+         int width, int inner_width, bf16* out, int threads) {
+  const int picked = static_cast<int>(entries.rows.size());
+  const int active = static_cast<int>(entries.experts.size());
+  std::vector<bf16> inner(static_cast<size_t>(picked) * inner_width);
+  std::vector<float> sums(static_cast<size_t>(n) * width);
+  Layer<Kind> layer{entries, gate_up, down, width, inner_width, {hidden, n, width},
+                    {inner.data(), picked, inner_width}, inner.data(), sums.data()};
+  const int inner_panels = inner_width * 2 / PANEL, panels = width / PANEL;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#pragma omp for schedule(static)
+    for (int row = 0; row < n; row++) layer.hidden.quantize(row);
+#pragma omp for schedule(dynamic, 4)
+    for (int task = 0; task < active * inner_panels; task++)
+      layer.gate_and_up(task / inner_panels, task % inner_panels);
+#pragma omp for schedule(static)
+    for (int entry = 0; entry < picked; entry++) layer.inner.quantize(entry);
+    // A thread has columns of its own, so that experts may add to the same rows.
+#pragma omp for schedule(static)
+    for (int number = 0; number < panels; number++) {
+      for (int which = 0; which < active; which++) layer.down_and_add(which, number);
+      for (int row = 0; row < n; row++)
+        for (int v = 0; v < VECTORS; v++) {
+          const int64_t at = static_cast<int64_t>(row) * width + number * PANEL + v * LANES;
+          store_bf16(out + at, _mm512_loadu_ps(&sums[at]));
+        }
+    }
+  }
+}
+
+}  // namespace
+
+// out [n, width] = the weighted sum over those experts of each row that are here.
+//
+// hidden [n, width]; ids and weights [n, top_k]; gate_up [experts, 2 * inner_width, width] with 32
+// rows of the gate, 32 of the up projection and so on; down [experts, width, inner_width]. Both
+// are panels of bf16, or with scales of int8. Widths are multiples of 64.
+extern "C" void weighted_experts(const bf16* hidden, const int64_t* ids, const float* weights,
+                                 int n, int top_k, int first, int experts, int width,
+                                 int inner_width, const char* gate_up, const float* gate_up_scales,
+                                 const int32_t* gate_up_sums, const char* down,
+                                 const float* down_scales, const int32_t* down_sums, bf16* out,
+                                 int threads) {
+  const Entries entries = sorted(ids, weights, n * top_k, top_k, first, experts);
+  const auto kind = gate_up_scales ? run<Int8> : run<Bf16>;
+  kind(hidden, n, entries, {gate_up, gate_up_scales, gate_up_sums},
+       {down, down_scales, down_sums}, width, inner_width, out, threads);
+}
