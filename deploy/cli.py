@@ -26,7 +26,9 @@ ModelOption = Annotated[str | None, typer.Option(help="checkpoint folder, or `na
 StagesOption = Annotated[int | None, typer.Option(help="pipeline stages")]
 ExpertsOption = Annotated[int | None, typer.Option(help="expert-parallel ranks per stage")]
 DtypeOption = Annotated[str | None, typer.Option(help="float32 or bfloat16")]
+QuantizeOption = Annotated[str | None, typer.Option(help="int8: routed experts, on CPUs")]
 ExchangeOption = Annotated[str | None, typer.Option(help="gather or all_to_all")]
+FabricOption = Annotated[str | None, typer.Option(help="auto, shared_memory or gloo, on CPUs")]
 ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads per rank")]
 CacheOption = Annotated[int | None, typer.Option(help="cache tokens per column of ranks")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="settings as YAML")]
@@ -61,6 +63,7 @@ def up(
     expert_parallel: ExpertsOption = None,
     replicas: Annotated[int | None, typer.Option(help="engine replicas")] = None,
     dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
     exchange: ExchangeOption = None,
     threads: ThreadsOption = None,
     cache_tokens: CacheOption = None,
@@ -75,7 +78,13 @@ def up(
     from deploy.up import up as run
 
     flags: dict[str, dict[str, Any]] = {
-        "model": {"path": model, "name": name, "dtype": dtype, "max_model_len": max_model_len},
+        "model": {
+            "path": model,
+            "name": name,
+            "dtype": dtype,
+            "quantize": quantize,
+            "max_model_len": max_model_len,
+        },
         "gang": {
             "stages": stages,
             "expert_parallel": expert_parallel,
@@ -110,7 +119,9 @@ def bench(
     stages: StagesOption = None,
     expert_parallel: ExpertsOption = None,
     dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
     exchange: ExchangeOption = None,
+    fabric: FabricOption = None,
     threads: ThreadsOption = None,
     batch: Annotated[int, typer.Option(min=1, max=4096, help="requests at once")] = 16,
     prompt: Annotated[int, typer.Option(min=1, help="prompt tokens of each")] = 256,
@@ -123,11 +134,12 @@ def bench(
     from deploy.preflight import check_model, load_settings
 
     flags: dict[str, dict[str, Any]] = {
-        "model": {"path": model, "dtype": dtype},
+        "model": {"path": model, "dtype": dtype, "quantize": quantize},
         "gang": {
             "stages": stages,
             "expert_parallel": expert_parallel,
             "exchange": exchange,
+            "fabric": fabric,
             "threads": threads,
         },
     }

@@ -57,6 +57,8 @@ def rank_specs(settings: Settings, host: str, port: int, device: str) -> list[Ra
             start_timeout_s=gang.start_timeout_s,
             targets_directory=str(settings.telemetry.targets_directory),
             log_level=settings.telemetry.log_level,
+            quantize=settings.model.quantize,
+            fabric=gang.fabric,
         )
         for stage in range(gang.stages)
         for rank in range(gang.expert_parallel)

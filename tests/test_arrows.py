@@ -50,9 +50,15 @@ def test_engine_is_plain_python_but_for_its_driver() -> None:
     assert strangers(paths, ENGINE_MAY) == []
 
 
-@pytest.mark.parametrize("file", ["fabric.py", "nccl.py", "exchange.py", "worker.py"])
+@pytest.mark.parametrize(
+    "file", ["fabric.py", "shared_memory.py", "meeting.py", "nccl.py", "exchange.py", "worker.py"]
+)
 def test_what_runs_on_a_bare_gpu_machine_needs_no_ray(file: str) -> None:
-    allowed = BARE_MAY | {"serving.gang.exchange", "serving.gang.grammars"}
+    allowed = BARE_MAY | {
+        "serving.gang.exchange",
+        "serving.gang.grammars",
+        "serving.gang.shared_memory",
+    }
     assert strangers([ROOT / "serving/gang" / file], allowed) == []
 
 

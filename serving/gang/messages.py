@@ -27,6 +27,8 @@ class RankSpec:
     start_timeout_s: float
     targets_directory: str
     log_level: str
+    quantize: str | None = None
+    fabric: str = "auto"  # auto, shared_memory or gloo; on CPUs alone
 
     @property
     def cell(self) -> str:

@@ -5,6 +5,7 @@ connection. Losing the engine is the end of the process: a rank without it has n
 whatever it is stuck in (a collective, a kernel) must not outlive it.
 """
 
+import contextlib
 import os
 import queue
 import threading
@@ -25,6 +26,7 @@ from serving.engine.plan import RankPlan
 from serving.gang.exchange import EXCHANGES, StageExchange
 from serving.gang.fabric import Fabric, FabricError, GlooFabric, host_store, join_store
 from serving.gang.grammars import Grammars
+from serving.gang.meeting import MOST_RANKS, Meeting, host_identity, join
 from serving.gang.messages import (
     GANG_CODEC,
     FormGang,
@@ -43,6 +45,7 @@ from serving.wire import BlockingChannel, WireError
 log = get_logger("rank")
 _PROGRESS_S = 0.25
 _STORE = "store"
+_HOST = "host"  # followed by the cell
 
 
 @dataclass(slots=True)
@@ -117,52 +120,86 @@ class _Rendezvous:
     def __init__(self, spec: RankSpec) -> None:
         self._spec = spec
         self._alone = spec.stages * spec.ranks == 1
-        self._leads_column = spec.stages > 1 and spec.stage == 0
-        self._leads_stage = spec.ranks > 1 and spec.rank == 0
+        self._leads: dict[str, int] = {}  # groups, and how many ranks they have
+        if spec.stages > 1 and spec.stage == 0:
+            self._leads[f"column{spec.rank}"] = spec.stages
+        if spec.ranks > 1 and spec.rank == 0:
+            self._leads[f"stage{spec.stage}"] = spec.ranks
         self._store: object | None = None
+        self._meetings: dict[str, Meeting] = {}
 
     def offers(self) -> dict[str, bytes]:
-        """This rank's contributions: a store's address, or NCCL ids of groups that it leads."""
+        """This rank's contributions.
+
+        On GPUs the NCCL ids of groups that it leads. On CPUs a store's address for gloo; and,
+        for shared memory, the rank's host and where the groups that it leads meet.
+        """
         if self._spec.device == "cuda":
             from serving.gang.nccl import new_unique_id
 
-            names = [f"column{self._spec.rank}"] * self._leads_column
-            names += [f"stage{self._spec.stage}"] * self._leads_stage
-            return {name: new_unique_id() for name in names}
+            return {name: new_unique_id() for name in self._leads}
+        offers = {} if self._alone else self._memory_offers()
         if self._spec.stage == 0 and self._spec.rank == 0 and not self._alone:
             self._store, port = host_store(self._spec.host, self._spec.start_timeout_s)
-            return {_STORE: f"{self._spec.host} {port}".encode()}
-        return {}
+            offers[_STORE] = f"{self._spec.host} {port}".encode()
+        return offers
+
+    def _memory_offers(self) -> dict[str, bytes]:
+        identity = host_identity(self._spec.host) if self._spec.fabric != "gloo" else None
+        if identity is None:
+            return {}
+        for name, size in self._leads.items():
+            if size <= MOST_RANKS:
+                with contextlib.suppress(OSError):  # not on this system: then all use gloo
+                    self._meetings[name] = Meeting(size)
+        meetings = {name: meeting.address for name, meeting in self._meetings.items()}
+        return {_HOST + self._spec.cell: identity} | meetings
 
     def form(self, offers: dict[str, bytes]) -> Fabrics:
         spec = self._spec
         column = peers = None
         if spec.stages > 1:
-            column = self._group(f"column{spec.rank}", spec.stage, spec.stages, offers)
+            cells = [f"{stage}.{spec.rank}" for stage in range(spec.stages)]
+            column = self._group(f"column{spec.rank}", spec.stage, cells, offers)
         if spec.ranks > 1:
-            peers = self._group(f"stage{spec.stage}", spec.rank, spec.ranks, offers)
+            cells = [f"{spec.stage}.{rank}" for rank in range(spec.ranks)]
+            peers = self._group(f"stage{spec.stage}", spec.rank, cells, offers)
+        for meeting in self._meetings.values():
+            meeting.close()  # of a group that is spread over hosts
         return Fabrics(column, peers)
 
-    def _group(self, name: str, rank: int, size: int, offers: dict[str, bytes]) -> Fabric:
-        if self._spec.device == "cuda":
+    def _group(self, name: str, rank: int, cells: list[str], offers: dict[str, bytes]) -> Fabric:
+        """Joins a group; all its members see the same offers, and so choose the same fabric."""
+        spec, size = self._spec, len(cells)
+        if spec.device == "cuda":
             from serving.gang.nccl import NcclFabric
 
             return NcclFabric(offers[name], rank, size)
+        hosts = {offers.get(_HOST + cell) for cell in cells}
+        if name in offers and len(hosts) == 1 and None not in hosts:
+            if name in self._meetings:
+                return self._meetings.pop(name).lead(spec.step_timeout_s)
+            return join(offers[name], rank, size, spec.step_timeout_s)
+        if spec.fabric == "shared_memory":
+            raise FabricError(f"the ranks of {name} cannot share memory: gang.fabric must be gloo")
         host, port = offers[_STORE].decode().split()
-        store = join_store(host, int(port), self._spec.start_timeout_s)
-        return GlooFabric(store, name, rank, size, self._spec.host, self._spec.step_timeout_s)
+        store = join_store(host, int(port), spec.start_timeout_s)
+        return GlooFabric(store, name, rank, size, spec.host, spec.step_timeout_s)
 
 
 def _build_worker(spec: RankSpec, fabrics: Fabrics, channel: BlockingChannel) -> tuple[Worker, int]:
     """Loads the cell's weights and allocates its cache; returns the cache's bytes too."""
     directory = Path(spec.model_directory)
     config = ModelConfig.from_directory(directory)
+    if spec.quantize is not None and spec.device != "cpu":
+        raise CheckpointError(f"model.quantize {spec.quantize} is for CPUs: leave it out on GPUs")
     layout, cell = Layout(config, spec.stages, spec.ranks), Cell(spec.stage, spec.rank)
     dtype, device = getattr(torch, spec.dtype), torch.device(spec.device)
     exchange: StageExchange | None = None
     if fabrics.peers is not None:
         exchange = EXCHANGES[spec.exchange](fabrics.peers, config.n_routed_experts)
-    stage = Stage(config, layout, cell, dtype, device, exchange or LocalExchange())
+    exchanged = exchange or LocalExchange()
+    stage = Stage(config, layout, cell, dtype, device, exchanged, spec.quantize)
     last_report = 0.0
 
     def report(done: int, total: int) -> None:

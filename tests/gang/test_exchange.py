@@ -6,18 +6,22 @@ import torch
 from model.config import ModelConfig
 from model.moe import LocalExperts
 from serving.gang.exchange import EXCHANGES
-from tests.gang.gloo import gloo_group, real_exchanges, together
+from tests.gang.gloo import GROUPS, real_exchanges, together
 from tests.model.harness import Gang
 from tests.model.oracle import oracle
 from tests.model.test_parity import LAYOUTS, MODELS, SCHEDULES, check_schedules
 
 
+@pytest.mark.parametrize("fabric", GROUPS)
 @pytest.mark.parametrize("kind", EXCHANGES)
 @pytest.mark.parametrize(("stages", "ranks"), [layout for layout in LAYOUTS if layout[1] > 1])
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_equal_those_of_transformers(name: str, stages: int, ranks: int, kind: str) -> None:
+def test_logits_equal_those_of_transformers(
+    name: str, stages: int, ranks: int, kind: str, fabric: str
+) -> None:
     model = oracle(name)
-    gang = Gang(model.config, model.tensors, stages, ranks, exchanges=real_exchanges(kind))
+    exchanges = real_exchanges(kind, fabric)
+    gang = Gang(model.config, model.tensors, stages, ranks, exchanges=exchanges)
     check_schedules(model, gang, SCHEDULES)
 
 
@@ -28,15 +32,19 @@ def experts_of(config: ModelConfig, held: range) -> LocalExperts:
         numbers = torch.Generator().manual_seed(expert)
         for weights in (experts.gate_up, experts.down):
             torch.nn.init.normal_(weights[index], std=0.1, generator=numbers)
+    experts.pack()
     return experts
 
 
+@pytest.mark.parametrize("fabric", GROUPS)
 @pytest.mark.parametrize("kind", EXCHANGES)
 @pytest.mark.parametrize("rows", [[5, 5], [1, 9], [3, 1, 7, 2]])
-def test_uneven_rows_come_home_with_all_their_experts_words(kind: str, rows: list[int]) -> None:
+def test_uneven_rows_come_home_with_all_their_experts_words(
+    kind: str, rows: list[int], fabric: str
+) -> None:
     config, ranks = oracle("like-236b").config, len(rows)
     share = config.n_routed_experts // ranks
-    fabrics = gloo_group(ranks)
+    fabrics = GROUPS[fabric](ranks)
     torch.manual_seed(1)
     inputs = [
         (
@@ -59,9 +67,10 @@ def test_uneven_rows_come_home_with_all_their_experts_words(kind: str, rows: lis
         assert sent > 0
 
 
-def test_all_to_all_sends_a_row_once_to_each_rank_that_it_needs() -> None:
+@pytest.mark.parametrize("fabric", GROUPS)
+def test_all_to_all_sends_a_row_once_to_each_rank_that_it_needs(fabric: str) -> None:
     config, ranks = oracle("like-236b").config, 4
-    fabrics = gloo_group(ranks)
+    fabrics = GROUPS[fabric](ranks)
     share = config.n_routed_experts // ranks
     ids = torch.arange(4).repeat(6, 1)  # every row needs experts of rank 0 alone
     hidden, weights = torch.randn(6, config.hidden_size), torch.rand(6, 4)

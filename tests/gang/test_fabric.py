@@ -1,4 +1,4 @@
-"""What every fabric must do. Gloo here; NCCL passes the same cases where there is a GPU."""
+"""What every fabric must do. NCCL passes the same cases where there is a GPU."""
 
 import threading
 import time
@@ -10,15 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.gang.fabric import FabricError, host_store, join_store
-from tests.gang.gloo import gloo_group, together
+from tests.gang.gloo import GROUPS, together
 
 DTYPES = [torch.float32, torch.bfloat16]
+each_fabric = pytest.mark.parametrize("kind", GROUPS)
 
 
+@each_fabric
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [2, 4])
-def test_hidden_states_pass_down_the_column(size: int, dtype: torch.dtype) -> None:
-    fabrics = gloo_group(size)
+def test_hidden_states_pass_down_the_column(kind: str, size: int, dtype: torch.dtype) -> None:
+    fabrics = GROUPS[kind](size)
 
     def run(rank: int) -> torch.Tensor:
         fabric = fabrics[rank]
@@ -36,10 +38,11 @@ def test_hidden_states_pass_down_the_column(size: int, dtype: torch.dtype) -> No
         assert torch.equal(got, torch.full((3, 8), 4.0 + rank, dtype=dtype))
 
 
+@each_fabric
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8])
 @pytest.mark.parametrize("size", [2, 3])
-def test_all_gather_is_in_rank_order(size: int, dtype: torch.dtype) -> None:
-    fabrics = gloo_group(size)
+def test_all_gather_is_in_rank_order(kind: str, size: int, dtype: torch.dtype) -> None:
+    fabrics = GROUPS[kind](size)
 
     def run(rank: int) -> torch.Tensor:
         out = torch.zeros(size, 4, 6, dtype=dtype)
@@ -51,10 +54,11 @@ def test_all_gather_is_in_rank_order(size: int, dtype: torch.dtype) -> None:
         assert torch.equal(out, expected)
 
 
+@each_fabric
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [2, 3])
-def test_reduce_scatter_adds_up_everybodys_part(size: int, dtype: torch.dtype) -> None:
-    fabrics = gloo_group(size)
+def test_reduce_scatter_adds_up_everybodys_part(kind: str, size: int, dtype: torch.dtype) -> None:
+    fabrics = GROUPS[kind](size)
     torch.manual_seed(0)
     parts = [torch.randn(size, 5, 7).to(dtype) for _ in range(size)]
 
@@ -68,6 +72,7 @@ def test_reduce_scatter_adds_up_everybodys_part(size: int, dtype: torch.dtype) -
         assert torch.equal(out, expected)
 
 
+@each_fabric
 @settings(max_examples=15, deadline=None)
 @given(
     st.integers(2, 3).flatmap(
@@ -76,9 +81,9 @@ def test_reduce_scatter_adds_up_everybodys_part(size: int, dtype: torch.dtype) -
         )
     )
 )
-def test_all_to_all_takes_rows_where_they_belong(rows: list[list[int]]) -> None:
+def test_all_to_all_takes_rows_where_they_belong(kind: str, rows: list[list[int]]) -> None:
     size = len(rows)
-    fabrics = gloo_group(size)
+    fabrics = GROUPS[kind](size)
 
     def run(rank: int) -> torch.Tensor:
         sent = [torch.full((count, 2), 10.0 * rank + peer) for peer, count in enumerate(rows[rank])]
@@ -92,8 +97,9 @@ def test_all_to_all_takes_rows_where_they_belong(rows: list[list[int]]) -> None:
         assert out[:, 0].tolist() == expected
 
 
-def test_a_dead_peer_is_an_error_and_not_a_hang() -> None:
-    fabrics = gloo_group(2)
+@each_fabric
+def test_a_dead_peer_is_an_error_and_not_a_hang(kind: str) -> None:
+    fabrics = GROUPS[kind](2)
     survivor = fabrics[0]
     fabrics[1].abort()
     started = time.monotonic()
@@ -102,8 +108,9 @@ def test_a_dead_peer_is_an_error_and_not_a_hang() -> None:
     assert time.monotonic() - started < 15
 
 
-def test_abort_from_another_thread_wakes_a_waiting_call() -> None:
-    fabrics = gloo_group(2)
+@each_fabric
+def test_abort_from_another_thread_wakes_a_waiting_call(kind: str) -> None:
+    fabrics = GROUPS[kind](2)
     failures: list[FabricError] = []
 
     def wait() -> None:
@@ -119,8 +126,9 @@ def test_abort_from_another_thread_wakes_a_waiting_call() -> None:
     assert len(failures) == 1
 
 
-def test_a_silent_peer_is_an_error_after_the_timeout() -> None:
-    fabrics = gloo_group(2, timeout_s=0.5)
+@each_fabric
+def test_a_silent_peer_is_an_error_after_the_timeout(kind: str) -> None:
+    fabrics = GROUPS[kind](2, timeout_s=0.5)
     with pytest.raises(FabricError):
         fabrics[0].recv(torch.zeros(4), 1)
 
