@@ -127,6 +127,7 @@ def bench(
     prompt: Annotated[int, typer.Option(min=1, help="prompt tokens of each")] = 256,
     output: Annotated[int, typer.Option(min=1, help="generated tokens of each")] = 64,
     seed: Annotated[int, typer.Option()] = 0,
+    trace: Annotated[Path | None, typer.Option(help="write a Chrome trace of the steps")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Engine speed without HTTP and without Ray: random prompts, no early stop."""
@@ -145,7 +146,34 @@ def bench(
     }
     settings = load_settings(None, flags)
     check_model(settings)
-    report = run_bench(settings, BenchPlan(batch, prompt, output, seed))
+    report = run_bench(settings, BenchPlan(batch, prompt, output, seed), trace)
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        show(report, _console)
+
+
+@app.command()
+def loss(
+    model: ModelOption = None,
+    stages: StagesOption = None,
+    expert_parallel: ExpertsOption = None,
+    dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
+    documents: Annotated[int, typer.Option(min=1, help="pieces of held-out files")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Loss on held-out code; with --quantize, what it costs."""
+    from deploy.loss import run_loss, show
+    from deploy.preflight import check_model, load_settings
+
+    flags: dict[str, dict[str, Any]] = {
+        "model": {"path": model, "dtype": dtype, "quantize": quantize},
+        "gang": {"stages": stages, "expert_parallel": expert_parallel},
+    }
+    settings = load_settings(None, flags)
+    check_model(settings)
+    report = run_loss(settings, documents)
     if as_json:
         print(json.dumps(report, indent=2))
     else:

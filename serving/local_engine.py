@@ -99,8 +99,12 @@ async def local_engine(
     device: str = "cpu",
     observer: EngineObserver | None = None,
     progress: Progress | None = None,
+    trace: bool = False,
 ) -> AsyncIterator[LocalEngine]:
     """An engine over rank processes of this machine, for the body of the `with`.
+
+    Args:
+        trace: whether the ranks' results tell where each step's time went.
 
     Raises:
         GangStartError: the ranks could not be started.
@@ -111,6 +115,7 @@ async def local_engine(
     specs = rank_specs(settings, _LOOPBACK, await gang.listen(_LOOPBACK), device)
     for spec in specs:
         spec.host = _LOOPBACK
+        spec.trace = trace
     await gang.start(specs, gang_settings.start_timeout_s, progress)
     engine = LocalEngine(Scheduler(engine_limits(settings)), gang, observer)
     try:

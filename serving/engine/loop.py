@@ -7,6 +7,7 @@ wakes when a request comes or a step returns. Time comes from the clock that it 
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from serving.engine.plan import StepPlan, StepResult
@@ -38,10 +39,24 @@ class Gang(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """When a step went through the engine, by its clock."""
+
+    begun: float  # its planning
+    submitted: float
+    finished: float
+
+    @property
+    def seconds(self) -> float:
+        """From the ranks' getting it to its result."""
+        return self.finished - self.submitted
+
+
 class EngineObserver(Protocol):
     """Is told of every finished step."""
 
-    def step_finished(self, plan: StepPlan, result: StepResult, seconds: float) -> None: ...
+    def step_finished(self, plan: StepPlan, result: StepResult, times: StepTimes) -> None: ...
 
 
 class EngineLoop:
@@ -66,7 +81,7 @@ class EngineLoop:
         self._clock = clock
         self._observer = observer
         self._news = asyncio.Event()
-        self._in_flight: deque[tuple[StepPlan, float]] = deque()
+        self._in_flight: deque[tuple[StepPlan, float, float]] = deque()
         self._requests: set[str] = set()
         self._failure: GangFailure | None = None
 
@@ -119,10 +134,11 @@ class EngineLoop:
 
     def _launch(self) -> None:
         while len(self._in_flight) < self._scheduler.limits.stages:
+            begun = self._clock()
             plan = self._scheduler.schedule()
             if plan is None:
                 return
-            self._in_flight.append((plan, self._clock()))
+            self._in_flight.append((plan, begun, self._clock()))
             self._gang.submit(plan)
 
     async def _next_event(self) -> None:
@@ -146,7 +162,7 @@ class EngineLoop:
             self._finish(result.result())
 
     def _finish(self, result: StepResult) -> None:
-        plan, started = self._in_flight.popleft()
+        plan, begun, submitted = self._in_flight.popleft()
         assert plan.step == result.step, "steps come back in order"
         outputs = self._scheduler.complete(result)
         for output in outputs:
@@ -155,4 +171,5 @@ class EngineLoop:
         if outputs:
             self._emit(outputs)
         if self._observer is not None:
-            self._observer.step_finished(plan, result, self._clock() - started)
+            times = StepTimes(begun, submitted, self._clock())
+            self._observer.step_finished(plan, result, times)

@@ -84,6 +84,9 @@ class Score:
     tops: list[list[tuple[int, float]]]  # for each: (token, logprob), likeliest first
 
 
+TraceEvent = tuple[str, float, float]  # what it was, from when to when, in seconds
+
+
 @dataclass(slots=True)
 class RankResult:
     """What one rank reports of one step; samples and scores come from the last stage only."""
@@ -97,6 +100,7 @@ class RankResult:
     wait_s: float = 0.0  # waiting for the previous stage's hidden states
     exchange_s: float = 0.0  # inside expert exchanges, waiting for peers included
     exchange_bytes: int = 0  # sent to peers
+    events: list[TraceEvent] = field(default_factory=list)  # of the host's clock; if traced
 
 
 @dataclass(slots=True)

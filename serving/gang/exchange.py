@@ -10,7 +10,7 @@ Both exchanges give what one rank with all experts would give, for every rank's 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class StageExchange(ExpertExchange):
         self._rows: Sequence[int] = ()
         self.seconds = 0.0
         self.bytes_sent = 0
+        self.trace: Callable[[str, float, float], None] | None = None
 
     def begin(self, rows: Sequence[int]) -> None:
         """Starts a step: how many rows each rank of the stage brings; resets the account."""
@@ -36,7 +37,10 @@ class StageExchange(ExpertExchange):
         self.bytes_sent = 0
 
     def _count(self, started: float, tensor: Tensor, rows_away: int) -> None:
-        self.seconds += time.perf_counter() - started
+        ended = time.perf_counter()
+        self.seconds += ended - started
+        if self.trace is not None:
+            self.trace("exchange", started, ended)
         row_bytes = tensor.element_size() * tensor.stride(0) if tensor.dim() > 1 else 0
         self.bytes_sent += rows_away * row_bytes
 

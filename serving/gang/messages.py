@@ -28,6 +28,7 @@ class RankSpec:
     targets_directory: str
     log_level: str
     quantize: str | None = None
+    trace: bool = False
     fabric: str = "auto"  # auto, shared_memory or gloo; on CPUs alone
 
     @property

@@ -36,6 +36,7 @@ from serving.gang.messages import (
     RankReady,
     RankSpec,
 )
+from serving.gang.trace import StepTrace
 from serving.gang.worker import Worker
 from serving.telemetry.exporter import MetricsExporter
 from serving.telemetry.logs import get_logger
@@ -215,5 +216,8 @@ def _build_worker(spec: RankSpec, fabrics: Fabrics, channel: BlockingChannel) ->
     grammars = None
     if layout.has_head(cell.stage):
         grammars = Grammars(lambda: Tokenizer.from_directory(directory, config))
-    worker = Worker(cell, stage, cache, fabrics.column, exchange, config.hidden_size, grammars)
+    trace = StepTrace(stage) if spec.trace else None
+    worker = Worker(
+        cell, stage, cache, fabrics.column, exchange, config.hidden_size, grammars, trace
+    )
     return worker, cache.rows.nbytes

@@ -19,6 +19,7 @@ from serving.engine.plan import NewSequence, RankPlan, RankResult, Sample, Score
 from serving.gang.exchange import StageExchange
 from serving.gang.fabric import Fabric
 from serving.gang.grammars import Grammar, Grammars
+from serving.gang.trace import StepTrace
 
 
 @dataclass(slots=True)
@@ -52,6 +53,7 @@ class Worker:
         column: the pipeline's group, or None with one stage; `column.rank` is the stage.
         exchange: the stage's expert exchange, or None with one rank.
         grammars: compiles what sequences are restricted to; the last stage must have one.
+        trace: of the stage's parts, if results are to tell where their time went.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Worker:
         exchange: StageExchange | None,
         hidden_size: int,
         grammars: Grammars | None = None,
+        trace: StepTrace | None = None,
     ) -> None:
         self._cell = cell
         self._stage = stage
@@ -71,6 +74,9 @@ class Worker:
         self._exchange = exchange
         self._hidden_size = hidden_size
         self._grammars = grammars
+        self._trace = trace
+        if trace is not None and exchange is not None:
+            exchange.trace = trace.add
         self._device, self._dtype = cache.rows.device, cache.rows.dtype
         self._first = column is None or cell.stage == 0
         self._last = column is None or cell.stage == column.size - 1
@@ -79,6 +85,7 @@ class Worker:
     @torch.inference_mode()
     def step(self, plan: RankPlan) -> RankResult:
         """Runs one step; every rank of the gang must run the same steps in the same order."""
+        begun = time.perf_counter()
         self._apply(plan)
         rows = [max(count, 1) for count in plan.rows]  # a rank with nothing to do has a dummy row
         if self._exchange is not None:
@@ -89,15 +96,22 @@ class Worker:
         inputs = self._inputs(plan, rows[self._cell.rank])
         arrived = time.perf_counter()
         outputs = self._stage.forward(inputs, context, self._cache)
+        computed = time.perf_counter()
         if self._last:
             self._choose(plan, outputs, result)
         elif self._column is not None:
             self._column.send(outputs, self._cell.stage + 1)
         result.wait_s = arrived - started
-        result.compute_s = time.perf_counter() - arrived
+        ended = time.perf_counter()
+        result.compute_s = ended - arrived
         if self._exchange is not None:
             result.exchange_s = self._exchange.seconds
             result.exchange_bytes = self._exchange.bytes_sent
+        if self._trace is not None:
+            self._trace.add("wait", started, arrived)
+            self._trace.add("sample" if self._last else "hand over", computed, ended)
+            self._trace.add("step", begun, ended)
+            result.events = self._trace.take()
         return result
 
     def _apply(self, plan: RankPlan) -> None:

@@ -1,5 +1,6 @@
 """From the engine's books to its metrics, once per step."""
 
+from serving.engine.loop import StepTimes
 from serving.engine.plan import StepPlan, StepResult
 from serving.engine.scheduler import Scheduler
 from serving.telemetry.metrics import EngineMetrics
@@ -13,9 +14,9 @@ class StepObserver:
         self._scheduler = scheduler
         self._last = scheduler.stats()
 
-    def step_finished(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
+    def step_finished(self, plan: StepPlan, result: StepResult, times: StepTimes) -> None:
         now, last = self._scheduler.stats(), self._last
-        self._metrics.step(seconds, plan.rows)
+        self._metrics.step(times.seconds, plan.rows)
         self._metrics.state(now.running, now.waiting, self._scheduler.steps_in_flight)
         for column, pages in enumerate(now.columns):
             self._metrics.pages(column, pages.held, pages.remembered, pages.free)

@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from serving.engine.loop import EngineLoop, GangFailure
+from serving.engine.loop import EngineLoop, GangFailure, StepTimes
 from serving.engine.plan import StepPlan, StepResult
 from serving.engine.request import Finish, FinishReason, Request, RequestError, TokenOutput
 from serving.engine.scheduler import EngineLimits, Scheduler
@@ -32,8 +32,8 @@ class Room:
     def _emit(self, outputs: Sequence[TokenOutput | Finish]) -> None:
         self.batches.append(list(outputs))
 
-    def step_finished(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
-        self.observed.append((plan.step, result.step, seconds))
+    def step_finished(self, plan: StepPlan, result: StepResult, times: StepTimes) -> None:
+        self.observed.append((plan.step, result.step, times.seconds))
 
     @property
     def last(self) -> dict[str, TokenOutput | Finish]:
