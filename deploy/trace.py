@@ -22,7 +22,8 @@ class Timeline:
 
     Beside what ranks report there is *plan*, the scheduler's work, and *wire*: what passes from a
     step's submission to its result while no rank is at it, the way there and back and the waiting
-    behind earlier steps.
+    behind earlier steps. A rank's *exchange* has its waiting for peers in it; a stage's *exchange
+    without waiting* is, of each exchange, the time of the rank that came last.
     """
 
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -36,12 +37,19 @@ class Timeline:
         self.steps[_phase(plan)] += 1
         self._event(ENGINE, "plan", times.begun, times.submitted, plan)
         starts, ends = [], []
+        exchanges: dict[int, list[list[float]]] = defaultdict(list)  # by stage: of each rank
         for rank in result.ranks:
             for name, started, ended in rank.events:
                 self._event(f"rank {rank.stage}.{rank.rank}", name, started, ended, plan)
                 if name == "step":
                     starts.append(started)
                     ends.append(ended)
+            took = [ended - started for name, started, ended in rank.events if name == "exchange"]
+            exchanges[rank.stage].append(took)
+        for stage, by_rank in exchanges.items():
+            alone = sum(min(each) for each in zip(*by_rank, strict=True))
+            if alone:
+                self.seconds[_phase(plan), f"stage {stage}", "exchange without waiting"] += alone
         if starts:
             self._event(ENGINE, "wire", times.submitted, min(starts), plan)
             self._event(ENGINE, "wire", max(ends), times.finished, plan)

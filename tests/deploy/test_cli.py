@@ -90,6 +90,7 @@ def test_a_port_in_use_is_refused() -> None:
         (["up", "--colour", "red"], "--colour"),
         (["fly"], "fly"),
         (["bench", "--model", "nano", "--exchange", "mail"], "exchange"),
+        (["bench", "--model", "nano", "--quantize", "int3"], "quantize"),
         (["checkpoint", "random", "--shape", "huge", "--out", "x"], "huge"),
         (["loadtest", "--requests", "1", "--duration", "1"], "either"),
         (["loadtest", "--url", "http://127.0.0.1:9", "--requests", "1"], "127.0.0.1:9"),
@@ -137,3 +138,32 @@ def test_bench_prints_its_figures_as_json() -> None:
     assert report["decode_tokens_per_second"] > 0
     assert set(report["stages"]) == {"0", "1"}
     assert set(report["stages"]["0"]) == {"compute_s", "wait_s", "exchange_s"}
+    for bubble in report["bubbles"].values():
+        assert 0 <= bubble["theory"] < 1
+        assert 0 < bubble["measured"] < 1
+
+
+def test_bench_writes_a_timeline_of_every_part(tmp_path: Path) -> None:
+    file = tmp_path / "trace.json"
+    sizes = ["--batch", "2", "--prompt", "16", "--output", "4"]
+    result = expertline(
+        "bench", "--stages", "2", "--expert-parallel", "2", *sizes, "--json", "--trace", str(file)
+    )
+    assert result.returncode == 0, result.stderr
+    decode = json.loads(result.stdout)["trace_ms_per_step"]["decode"]
+    assert set(decode["engine"]) == {"plan", "wire"}
+    parts = {"wait", "attention", "gate", "exchange", "experts", "feed forward", "step"}
+    assert set(decode["rank 0.1"]) == parts | {"hand over"}
+    assert set(decode["rank 1.0"]) == parts | {"head", "sample"}
+    assert {"ph", "pid", "tid", "ts", "dur", "name"} <= set(
+        json.loads(file.read_text())["traceEvents"][0]
+    )
+
+
+def test_loss_tells_what_eight_bits_cost() -> None:
+    result = expertline("loss", "--quantize", "int8", "--documents", "4", "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["int8"]["tokens"] == report["bfloat16"]["tokens"] > 1000
+    assert 2 < report["bfloat16"]["perplexity"] < 40
+    assert report["perplexity_ratio"] == pytest.approx(1, abs=0.01)
