@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import platform
 import pty
 import re
 import select
@@ -25,6 +26,8 @@ CTRL_C = "\x03"
 CTRL_D = "\x04"
 UP = "\x1b[A"
 _SEQUENCE = re.compile(r"\x1b(\[[0-9;?]*[a-zA-Z]|\][^\x07]*\x07|[=>])|\r")
+# Numbers of the system calls poll, select, recvfrom, pselect6 and ppoll.
+_WAITS = {"x86_64": {"7", "23", "45", "270", "271"}, "aarch64": {"72", "73", "207"}}
 # A child takes the terminal as its own, so that Ctrl-C is a signal to it and to nobody else.
 _PROGRAM = """
 import fcntl, termios
@@ -68,13 +71,14 @@ class Terminal:
         self.expect(f"{line}\n")
 
     def interrupt(self) -> None:
-        """Ctrl-C, as late as a person's: once the program sleeps and waits for something.
+        """Ctrl-C, as late as a person's: once the program waits for the network or the keyboard.
 
-        Python notices a signal that comes just before it begins to wait only afterwards.
+        Python notices a signal that comes just before it begins to wait only afterwards. That it
+        sleeps is not enough to know: it may do so on its way there, while it prints.
         """
-        state = Path(f"/proc/{self.process.pid}/stat")
+        inside = Path(f"/proc/{self.process.pid}/syscall")
         deadline = time.monotonic() + WAIT_S
-        while state.read_text().rpartition(") ")[2][0] != "S":
+        while inside.read_text().split()[0] not in _WAITS[platform.machine()]:
             assert time.monotonic() < deadline, "the program does not come to wait"
         self.type(CTRL_C)
 
