@@ -51,7 +51,16 @@ def test_engine_is_plain_python_but_for_its_driver() -> None:
 
 
 @pytest.mark.parametrize(
-    "file", ["fabric.py", "shared_memory.py", "meeting.py", "nccl.py", "exchange.py", "worker.py"]
+    "file",
+    [
+        "fabric.py",
+        "shared_memory.py",
+        "meeting.py",
+        "nccl.py",
+        "exchange.py",
+        "trace.py",
+        "worker.py",
+    ],
 )
 def test_what_runs_on_a_bare_gpu_machine_needs_no_ray(file: str) -> None:
     allowed = BARE_MAY | {

@@ -28,9 +28,11 @@ UP = "\x1b[A"
 _SEQUENCE = re.compile(r"\x1b(\[[0-9;?]*[a-zA-Z]|\][^\x07]*\x07|[=>])|\r")
 # Numbers of the system calls poll, select, recvfrom, pselect6 and ppoll.
 _WAITS = {"x86_64": {"7", "23", "45", "270", "271"}, "aarch64": {"72", "73", "207"}}
-# A child takes the terminal as its own, so that Ctrl-C is a signal to it and to nobody else.
+# A child takes the terminal as its own, so that Ctrl-C is a signal to it and to nobody else; and
+# listens to it, even if these tests run in the background of a shell, which ignores it.
 _PROGRAM = """
-import fcntl, termios
+import fcntl, signal, termios
+signal.signal(signal.SIGINT, signal.default_int_handler)
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from deploy.cli import main
 main()
