@@ -12,7 +12,7 @@ from typing import Any
 from model.tokenizer import Tokenizer
 from serving.api.delta import CallDelta, Delta, Usage
 from serving.api.errors import ApiError
-from serving.api.sse import DONE, error_event, event
+from serving.api.sse import DONE, encoded, error_event
 from serving.engine.request import TokenOutput
 
 
@@ -70,6 +70,8 @@ class OpenAIAnswer(Answer):
             "created": int(time.time()),
             "model": model,
         }
+        # What all chunks have in common is encoded once.
+        self._chunk_head = encoded({**self._head, "object": self.chunk_object})[:-1]
         self._tokenizer = tokenizer
         self._include_usage = include_usage
         self._return_token_ids = return_token_ids
@@ -127,10 +129,10 @@ class OpenAIAnswer(Answer):
         return choice
 
     def _chunk(self, choices: list[dict[str, Any]], used: dict[str, Any] | None = None) -> bytes:
-        body = {**self._head, "object": self.chunk_object, "choices": choices}
+        body: dict[str, Any] = {"choices": choices}
         if self._include_usage:
             body["usage"] = used
-        return event(body)
+        return b"data: %b,%b\n\n" % (self._chunk_head, encoded(body)[1:])
 
     def _text(self, token: int) -> str:
         """A token as its text, or as its bytes if these are no whole characters."""

@@ -12,7 +12,12 @@ _encoder = msgspec.json.Encoder()
 
 def event(body: Any) -> bytes:
     """One event with a JSON body."""
-    return b"data: " + _encoder.encode(body) + b"\n\n"
+    return b"data: %b\n\n" % _encoder.encode(body)
+
+
+def encoded(body: Any) -> bytes:
+    """A body as JSON."""
+    return _encoder.encode(body)
 
 
 def named_event(name: str, body: Any) -> bytes:

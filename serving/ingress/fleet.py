@@ -41,24 +41,24 @@ class Inbox:
     scores: list[PromptScores] = field(default_factory=list)
     ended: Finish | None = None
     failure: ApiError | None = None
-    _news: asyncio.Event = field(default_factory=asyncio.Event)
+    _reader: "asyncio.Future[None] | None" = None  # what the one reader waits for
 
     def push(self, token: TokenOutput) -> None:
         self.tokens.append(token)
-        self._news.set()
+        self._wake()
 
     def push_scores(self, scores: PromptScores) -> None:
         self.scores.append(scores)
-        self._news.set()
+        self._wake()
 
     def end(self, finish: Finish) -> None:
         self.ended = finish
-        self._news.set()
+        self._wake()
 
     def fail(self, failure: ApiError) -> None:
         """The request cannot go on; tokens that came before are still delivered."""
         self.failure = self.failure or failure
-        self._news.set()
+        self._wake()
 
     async def read_scores(self, count: int) -> list[PromptScores]:
         """The prompt's scores, once all `count` tokens of it have one.
@@ -89,9 +89,14 @@ class Inbox:
         tokens, self.tokens = self.tokens, []
         return tokens
 
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
     async def _wait(self) -> None:
-        self._news.clear()
-        await self._news.wait()
+        """Until something comes. A bare future: an event costs three times as much a token."""
+        self._reader = asyncio.get_running_loop().create_future()
+        await self._reader
 
 
 class EngineStream:

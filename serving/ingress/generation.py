@@ -156,8 +156,8 @@ class Generation:
             self._metrics.first_token(now - self._started)
             self._last_token = now
             count -= 1
-        for _ in range(count):
-            self._metrics.next_token((now - self._last_token) / count)
+        if count:
+            self._metrics.next_tokens(count, now - self._last_token)
         self._last_token = now
 
     async def _hold_call(self, engine_id: str, inbox: Inbox) -> None:

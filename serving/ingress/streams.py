@@ -43,15 +43,21 @@ class Choice:
         self.generation = generation
         self._refine = refine
 
-    async def deltas(self) -> AsyncIterator[Delta]:
-        async for delta in self.generation.deltas():
-            yield delta if self._refine is None else self._refine(delta)
+    def deltas(self) -> AsyncIterator[Delta]:
+        """What the generation's are made into, as they come."""
+        deltas = self.generation.deltas()
+        return deltas if self._refine is None else _refined(deltas, self._refine)
 
     async def whole(self) -> Delta:
         whole = Delta()
         async for delta in self.deltas():
             whole.add(delta)
         return whole
+
+
+async def _refined(deltas: AsyncIterator[Delta], refine: Refine) -> AsyncIterator[Delta]:
+    async for delta in deltas:
+        yield refine(delta)
 
 
 async def merged(choices: Sequence[Choice]) -> AsyncIterator[tuple[int, Delta]]:

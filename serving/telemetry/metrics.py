@@ -18,6 +18,8 @@ from prometheus_client import (
     disable_created_metrics,
 )
 
+from serving.telemetry.histogram import LoopHistogram
+
 _MS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075)
 _TENTHS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
 _SECONDS = (1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 20.0, 30.0, 60.0)
@@ -87,11 +89,11 @@ class IngressMetrics:
             buckets=TTFT_BUCKETS,
             registry=registry,
         )
-        self._itl = Histogram(
+        self._itl = LoopHistogram(
             "expertline_request_itl_seconds",
             "Between two tokens of one request, as they reach the ingress.",
-            buckets=ITL_BUCKETS,
-            registry=registry,
+            ITL_BUCKETS,
+            registry,
         )
         self._e2e = Histogram(
             "expertline_request_e2e_seconds",
@@ -140,9 +142,10 @@ class IngressMetrics:
         self._ttft.observe(since_arrival_s)
         self._generated.inc()
 
-    def next_token(self, since_last_s: float) -> None:
-        self._itl.observe(since_last_s)
-        self._generated.inc()
+    def next_tokens(self, count: int, since_last_s: float) -> None:
+        """So many more tokens of a request have come at once, so long after the last ones."""
+        self._itl.observe(since_last_s / count, count)
+        self._generated.inc(count)
 
     def prompt(self, tokens: int, cached: int) -> None:
         """A prompt of `tokens` tokens, of which `cached` were in the prefix cache."""

@@ -40,7 +40,7 @@ def test_an_answered_request_shows_in_every_series_of_the_ingress(registry):
     metrics.leased(0.004)
     metrics.prompt(100, 64)
     metrics.first_token(0.2)
-    metrics.next_token(0.02)
+    metrics.next_tokens(1, 0.02)
     assert registry.get_sample_value("expertline_streams_open") == 1
     metrics.released()
     metrics.answered("chat", 200, 0.3)
