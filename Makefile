@@ -4,7 +4,7 @@ PORT ?= 8000
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: serve test test-clients lint bench clean
+.PHONY: serve test test-clients lint bench bench-peers clean
 
 serve: $(READY)
 	$(BIN)/expertline up --model nano --stages 2 --expert-parallel 2 --port $(PORT)
@@ -27,6 +27,10 @@ bench: $(READY)
 	test -e $(BENCH_MODEL)/config.json || $(BIN)/expertline checkpoint random --shape bench-1b --out $(BENCH_MODEL)
 	$(BIN)/expertline bench --model $(BENCH_MODEL) --threads 2 --batch 16 --prompt 256 --output 64 --json
 	$(BIN)/expertline bench --model $(BENCH_MODEL) --stages 2 --expert-parallel 2 --batch 16 --prompt 256 --output 64 --json
+
+# vLLM, Ray Serve LLM and transformers beside us, about 40 minutes; environments under .peers/.
+bench-peers: $(READY)
+	$(BIN)/python -m loadtest.peers
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
