@@ -1,5 +1,6 @@
 """What came out: every candidate's figures, and the ratios that are to be reached."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from loadtest.peers.figures import (
     Values,
 )
 
+_LAYOUT = re.compile(r" \d+x\d+$")
 Round = Mapping[str, Values | str]  # candidate → its figures, or why it has none
 
 
@@ -54,7 +56,8 @@ class Goal:
         return ratio >= self.bound if self.figure.higher_is_better else ratio <= self.bound
 
     def _is_ours(self, name: str) -> bool:
-        return name == self.ours or (name.startswith(f"{self.ours} ") and "x" in name.split()[-1])
+        """The candidate itself, or one of its layouts, whose names end with `stages`x`ranks`."""
+        return _LAYOUT.sub("", name) == self.ours
 
 
 GOALS = (
