@@ -104,7 +104,7 @@ def _write(
     stem.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     about = (
         f"# {plan.shape} beside its peers\n\n"
-        f"{where['cpu']}, {where['cpus']} cores; `{command}`; {len(rounds)} rounds;\n"
+        f"{where['cpu']}, {where['cpus']} cores; `{command}`; rounds: {len(rounds)};\n"
         f"{plan.batch} requests of {plan.prompt} + {plan.output} tokens, bf16. Versions and raw\n"
         f"figures are in `{stem.name}.json`. Cells are median (min – max) over the rounds.\n\n"
     )
