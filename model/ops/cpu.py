@@ -116,6 +116,10 @@ def _expert_by_expert(x: Tensor, weights: reference.Weights, ends: Tensor) -> Te
 def attend(
     query: Tensor, key: Tensor, shared_key: Tensor, value: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
+    if native.available(query):
+        found = native.attend(query, key, shared_key, value, scale, causal)
+        if found is not None:
+            return found
     (_, heads, width), nope, v = query.shape, key.shape[-1], value.shape[-1]
     both = query.new_empty(len(key), heads, width + v)  # [m, heads, nope | rope | v]
     both[..., :nope] = key

@@ -26,6 +26,7 @@ _ARGUMENTS = {
     "silu_mul": [_pointer, _long, _int, _int, _pointer],
     "rotate": [_pointer, _long, _long, _pointer, _pointer, _int, _int, _int],
     "route": [_pointer, *[_int] * 5, _float, _pointer, _pointer],
+    "attend_chunk": [*[_pointer, _long] * 4, *[_int] * 6, _float, _int, _pointer, _pointer, _int],
     "attend_pages": [*[_pointer] * 4, *[_int] * 5, _float, _pointer, _int],
     "weighted_experts": [*[_pointer] * 3, *[_int] * 6, *[_pointer] * 7, _int],
 }
@@ -71,8 +72,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def linear_heads(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, heads, in] times the transposes of heads weights as panels: [T, heads, out]."""
-    if x.stride(-1) != 1 or x.stride(1) != x.shape[2]:
-        x = x.contiguous()
+    x = _head_after_head(x)
     rows, heads, inputs = x.shape
     outputs = weight.shape[1] * _PANEL
     out = x.new_empty(rows, heads, outputs)
@@ -117,6 +117,29 @@ def route(
     _call("route", logits.data_ptr(), rows, experts, top_k, groups, groups_kept, scale,
           ids.data_ptr(), weights.data_ptr())  # fmt: skip
     return ids, weights
+
+
+def attend(
+    query: Tensor, key: Tensor, shared_key: Tensor, value: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor] | None:
+    (queries, heads, _), (keys, shared) = query.shape, shared_key.shape
+    own, values = key.shape[-1], value.shape[-1]
+    if own % 2 or shared % 2 or values % _PANEL:
+        return None
+    tensors = [_head_after_head(each) for each in (query, key, value)]
+    shared_key = shared_key if shared_key.stride(1) == 1 else shared_key.contiguous()
+    tensors.insert(2, shared_key)
+    places = [part for each in tensors for part in (each.data_ptr(), each.stride(0))]
+    out = query.new_empty(queries, heads, values)
+    lse = query.new_empty(queries, heads, dtype=torch.float32)
+    _call("attend_chunk", *places, queries, keys, heads, own, shared, values, scale, causal,
+          out.data_ptr(), lse.data_ptr(), torch.get_num_threads())  # fmt: skip
+    return out, lse
+
+
+def _head_after_head(x: Tensor) -> Tensor:
+    """[tokens, heads, D] such that a token's heads lie one after the other."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
 def attend_pages(

@@ -110,10 +110,10 @@ struct Layer {
 
   const Entries& entries;
   Weights gate_up, down;
-  int width, inner_width;
+  int n, width, inner_width;
   Inputs<Kind> hidden, inner;
   bf16* inner_rows;
-  float* out;
+  float* out;  // [width / 64][n][64]: a thread's share lies together
 
   static const char* panel(const Weights& weights, int64_t number, int inputs) {
     return weights.panels + number * PANEL * inputs * (4 / Kind::GROUP);
@@ -151,7 +151,7 @@ struct Layer {
       Sum sums[ROWS][VECTORS];
       products<Kind>(count, at, panel(down, number, inner_width), inner_width, sums);
       for (int i = 0; i < count; i++) {
-        float* to = out + static_cast<int64_t>(entries.rows[p + i]) * width + panel_number * PANEL;
+        float* to = out + (static_cast<int64_t>(panel_number) * n + entries.rows[p + i]) * PANEL;
         const __m512 share = _mm512_set1_ps(entries.shares[p + i]);
         for (int v = 0; v < VECTORS; v++) {
           const __m512 said = inner.value(sums[i][v], p + i, down, number * PANEL + v * LANES);
@@ -170,7 +170,7 @@ void run(const bf16* hidden, int n, const Entries& entries, Weights gate_up, Wei
   const int active = static_cast<int>(entries.experts.size());
   std::vector<bf16> inner(static_cast<size_t>(picked) * inner_width);
   std::vector<float> sums(static_cast<size_t>(n) * width);
-  Layer<Kind> layer{entries, gate_up, down, width, inner_width, {hidden, n, width},
+  Layer<Kind> layer{entries, gate_up, down, n, width, inner_width, {hidden, n, width},
                     {inner.data(), picked, inner_width}, inner.data(), sums.data()};
   const int inner_panels = inner_width * 2 / PANEL, panels = width / PANEL;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -188,8 +188,9 @@ void run(const bf16* hidden, int n, const Entries& entries, Weights gate_up, Wei
       for (int which = 0; which < active; which++) layer.down_and_add(which, number);
       for (int row = 0; row < n; row++)
         for (int v = 0; v < VECTORS; v++) {
-          const int64_t at = static_cast<int64_t>(row) * width + number * PANEL + v * LANES;
-          store_bf16(out + at, _mm512_loadu_ps(&sums[at]));
+          const float* from = &sums[(static_cast<int64_t>(number) * n + row) * PANEL + v * LANES];
+          store_bf16(out + static_cast<int64_t>(row) * width + number * PANEL + v * LANES,
+                     _mm512_loadu_ps(from));
         }
     }
   }
