@@ -123,11 +123,11 @@ struct Layer {
   void gate_and_up(int which, int panel_number) {
     const int expert = entries.experts[which], panels = inner_width * 2 / PANEL;
     const int64_t number = static_cast<int64_t>(expert) * panels + panel_number;
-    for (int p = entries.begins[which]; p < entries.begins[which + 1]; p += ROWS) {
-      const int count = std::min(ROWS, entries.begins[which + 1] - p);
-      const Number* at[ROWS];
+    for (int p = entries.begins[which]; p < entries.begins[which + 1]; p += MANY) {
+      const int count = std::min(MANY, entries.begins[which + 1] - p);
+      const Number* at[MANY];
       for (int i = 0; i < count; i++) at[i] = hidden.row(entries.rows[p + i]);
-      Sum sums[ROWS][VECTORS];
+      Sum sums[MANY][VECTORS];
       products<Kind>(count, at, panel(gate_up, number, width), width, sums);
       for (int i = 0; i < count; i++) {
         bf16* to = inner_rows + static_cast<int64_t>(p + i) * inner_width + panel_number * PANEL / 2;
@@ -144,11 +144,11 @@ struct Layer {
   void down_and_add(int which, int panel_number) {
     const int expert = entries.experts[which], panels = width / PANEL;
     const int64_t number = static_cast<int64_t>(expert) * panels + panel_number;
-    for (int p = entries.begins[which]; p < entries.begins[which + 1]; p += ROWS) {
-      const int count = std::min(ROWS, entries.begins[which + 1] - p);
-      const Number* at[ROWS];
+    for (int p = entries.begins[which]; p < entries.begins[which + 1]; p += MANY) {
+      const int count = std::min(MANY, entries.begins[which + 1] - p);
+      const Number* at[MANY];
       for (int i = 0; i < count; i++) at[i] = inner.row(p + i);
-      Sum sums[ROWS][VECTORS];
+      Sum sums[MANY][VECTORS];
       products<Kind>(count, at, panel(down, number, inner_width), inner_width, sums);
       for (int i = 0; i < count; i++) {
         float* to = out + (static_cast<int64_t>(panel_number) * n + entries.rows[p + i]) * PANEL;

@@ -13,11 +13,11 @@ extern "C" void linear(const bf16* x, int64_t x_stride, const bf16* weights, int
   for (int task = 0; task < batch * panels; task++) {
     const int b = task / panels, column = task % panels * PANEL;
     const bf16* panel = weights + static_cast<int64_t>(task) * PANEL * inputs;
-    for (int first = 0; first < rows; first += ROWS) {
-      const int count = std::min(ROWS, rows - first);
-      const bf16* at[ROWS];
+    for (int first = 0; first < rows; first += MANY) {
+      const int count = std::min(MANY, rows - first);
+      const bf16* at[MANY];
       for (int i = 0; i < count; i++) at[i] = x + (first + i) * x_stride + b * inputs;
-      __m512 sums[ROWS][VECTORS];
+      __m512 sums[MANY][VECTORS];
       products<Bf16>(count, at, panel, inputs, sums);
       for (int i = 0; i < count; i++) {
         bf16* to = out + (first + i) * out_stride + b * outputs + column;

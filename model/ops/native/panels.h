@@ -28,20 +28,23 @@ struct Int8 {
   }
 };
 
-// out[i] = x[i] . panel, for M rows x of `width` numbers.
+constexpr int GROUP_BYTES = PANEL * 4;       // of a panel: one group of inputs of all columns
+constexpr int BLOCK = 16384 / GROUP_BYTES;   // groups that stay in the first-level cache
+constexpr int MANY = 96;                     // rows that one call of `products` takes
+
+// out[i] = x[i] . panel, or that added to out[i], for M rows and `groups` groups of inputs.
 template <class Kind, int M>
-inline void product(const typename Kind::Number* const* x, const void* panel, int width,
-                    typename Kind::Sum (*out)[VECTORS]) {
+inline void product(const typename Kind::Number* const* x, int start, const char* panel, int groups,
+                    bool add, typename Kind::Sum (*out)[VECTORS]) {
   typename Kind::Sum sums[M][VECTORS];
   for (int i = 0; i < M; i++)
-    for (int v = 0; v < VECTORS; v++) sums[i][v] = Kind::zero();
-  const char* w = static_cast<const char*>(panel);
-  for (int k = 0; k < width; k += Kind::GROUP, w += 64 * VECTORS) {
+    for (int v = 0; v < VECTORS; v++) sums[i][v] = add ? out[i][v] : Kind::zero();
+  for (int g = 0; g < groups; g++, panel += GROUP_BYTES) {
     __m512i weights[VECTORS];
-    for (int v = 0; v < VECTORS; v++) weights[v] = _mm512_loadu_si512(w + 64 * v);
+    for (int v = 0; v < VECTORS; v++) weights[v] = _mm512_loadu_si512(panel + 64 * v);
     for (int i = 0; i < M; i++) {
       int32_t group;
-      std::memcpy(&group, x[i] + k, sizeof group);
+      std::memcpy(&group, x[i] + start + g * Kind::GROUP, sizeof group);
       for (int v = 0; v < VECTORS; v++) sums[i][v] = Kind::add(sums[i][v], weights[v], group);
     }
   }
@@ -50,14 +53,29 @@ inline void product(const typename Kind::Number* const* x, const void* panel, in
 }
 
 template <class Kind>
+inline void tile(int rows, const typename Kind::Number* const* x, int start, const char* panel,
+                 int groups, bool add, typename Kind::Sum (*out)[VECTORS]) {
+  switch (rows) {
+    case 1: return product<Kind, 1>(x, start, panel, groups, add, out);
+    case 2: return product<Kind, 2>(x, start, panel, groups, add, out);
+    case 3: return product<Kind, 3>(x, start, panel, groups, add, out);
+    case 4: return product<Kind, 4>(x, start, panel, groups, add, out);
+    case 5: return product<Kind, 5>(x, start, panel, groups, add, out);
+    default: return product<Kind, ROWS>(x, start, panel, groups, add, out);
+  }
+}
+
+// out[i] = x[i] . panel, for rows x of `width` numbers, at most MANY of them.
+//
+// Few rows read the panel once, from memory. Many go over it block by block, so that all but the
+// first find it in the first-level cache.
+template <class Kind>
 inline void products(int rows, const typename Kind::Number* const* x, const void* panel, int width,
                      typename Kind::Sum (*out)[VECTORS]) {
-  switch (rows) {
-    case 1: return product<Kind, 1>(x, panel, width, out);
-    case 2: return product<Kind, 2>(x, panel, width, out);
-    case 3: return product<Kind, 3>(x, panel, width, out);
-    case 4: return product<Kind, 4>(x, panel, width, out);
-    case 5: return product<Kind, 5>(x, panel, width, out);
-    default: return product<Kind, ROWS>(x, panel, width, out);
-  }
+  const int all = width / Kind::GROUP, block = rows > 2 * ROWS ? BLOCK : all;
+  for (int g = 0; g < all; g += block)
+    for (int first = 0; first < rows; first += ROWS)
+      tile<Kind>(std::min(ROWS, rows - first), x + first, g * Kind::GROUP,
+                 static_cast<const char*>(panel) + g * GROUP_BYTES, std::min(block, all - g), g > 0,
+                 out + first);
 }
