@@ -31,9 +31,10 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 2e-2) -> None:
     )
 
 
-@pytest.mark.parametrize("rows", [0, 1, 5, 6, 7, 50])
-def test_linear(rows: int) -> None:
-    x, weight = torch.randn(rows, 96).to(BF16), (torch.randn(192, 96) / 8).to(BF16)
+@pytest.mark.parametrize("inputs", [96, 300])
+@pytest.mark.parametrize("rows", [0, 1, 5, 6, 7, 13, 200])
+def test_linear(rows: int, inputs: int) -> None:
+    x, weight = torch.randn(rows, inputs).to(BF16), (torch.randn(192, inputs) / 8).to(BF16)
     packed = native.panels(weight)
     assert packed is not None
     close(native.linear(x, packed), x.float() @ weight.float().t())
@@ -93,6 +94,30 @@ def test_a_row_without_numbers_is_routed_somewhere_and_stays_without() -> None:
     assert ((ids >= 0) & (ids < 16)).all()
     assert weights[0].isnan().all()
     assert weights[1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "causal"), [(1, 1, True), (70, 70, True), (300, 300, True), (5, 130, False)]
+)
+def test_attention_of_a_chunk(queries: int, keys: int, causal: bool) -> None:
+    query, shared = torch.randn(queries, 3, 96).to(BF16), torch.randn(keys, 40).to(BF16)[:, 8:]
+    both = torch.randn(keys, 3 * 128).to(BF16)  # keys of all heads, then values of all heads
+    key, value = (each.unflatten(-1, (3, 64)) for each in both.chunk(2, dim=-1))
+    found = native.attend(query, key, shared, value, 0.1, causal)
+    assert found is not None
+    plain = (each.float() for each in (query, key, shared, value))
+    for each, expected in zip(found, reference.attend(*plain, 0.1, causal), strict=True):
+        close(each, expected)
+
+
+def test_a_query_without_numbers_spoils_no_other() -> None:
+    query, key = torch.randn(9, 2, 32).to(BF16), torch.randn(9, 2, 16).to(BF16)
+    shared, value = torch.randn(9, 16).to(BF16), torch.randn(9, 2, 64).to(BF16)
+    query[4, 1, 0] = float("nan")
+    found = native.attend(query, key, shared, value, 0.1, True)
+    assert found is not None
+    assert found[0][4, 1].isnan().all()
+    assert found[0].isnan().sum() == 64
 
 
 @pytest.mark.parametrize("heads", [4, 8, 12, 16])
