@@ -56,6 +56,14 @@ class Fabric(Protocol):
         """Sends `rows[p]` consecutive rows to each peer p, takes `out_rows[p]` from it."""
         ...
 
+    def check(self) -> None:
+        """Raises FabricError if a call failed after it returned.
+
+        Calls on a GPU only start work: once it has been waited for, this tells whether its
+        results are any good. Elsewhere a call that has returned is done.
+        """
+        ...
+
     def abort(self) -> None: ...
 
 
@@ -112,6 +120,9 @@ class GlooFabric:
 
     def all_to_all(self, out: Tensor, tensor: Tensor, out_rows: list[int], rows: list[int]) -> None:
         self._wait(self._start("alltoall_base", out, tensor, out_rows, rows))
+
+    def check(self) -> None:
+        """Nothing to add: calls wait for their work."""
 
     def abort(self) -> None:
         for connection in self._connections:
