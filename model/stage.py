@@ -112,6 +112,7 @@ class Stage(nn.Module):
                 Layer(config, feed_forward(layer), dtype) for layer in layout.layers(cell.stage)
             )
             self.head = Head(config, dtype) if layout.has_head(cell.stage) else None
+        self.dtype = dtype
         self._cell = cell
         self._first_layer = layout.layers(cell.stage).start
         self._rope = Rope(config.rope, config.qk_rope_head_dim, device)
