@@ -1,6 +1,7 @@
 """Workers in the threads of a test, fed by a real scheduler: an engine without processes."""
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch
@@ -93,10 +94,8 @@ class Engine:
         plan = self.scheduler.schedule()
         if plan is None:
             return None
-        results = together(
-            len(self.cells),
-            lambda index: self.workers[index].step(plan.columns[self.cells[index].rank]),
-        )
+        received = [deepcopy(plan.columns[cell.rank]) for cell in self.cells]
+        results = together(len(self.cells), lambda index: self.workers[index].step(received[index]))
         result = StepResult(plan.step, results)
         return plan, result, self.scheduler.complete(result)
 
