@@ -67,6 +67,37 @@ class Fabric(Protocol):
     def abort(self) -> None: ...
 
 
+class EchoFabric:
+    """A rank alone, with peers that bring what it brings itself: for trying out a step's size."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+
+    def send(self, tensor: Tensor, peer: int) -> None:
+        """The peer has no use for it."""
+
+    def recv(self, tensor: Tensor, peer: int) -> None:
+        tensor.zero_()
+
+    def all_gather(self, out: Tensor, tensor: Tensor) -> None:
+        out.copy_(tensor.expand_as(out))
+
+    def reduce_scatter(self, out: Tensor, tensor: Tensor) -> None:
+        out.copy_(tensor[self.rank])
+
+    def all_to_all(self, out: Tensor, tensor: Tensor, out_rows: list[int], rows: list[int]) -> None:
+        """Takes back what it sends, as far as it goes."""
+        count = min(len(out), len(tensor))
+        out[:count] = tensor[:count]
+
+    def check(self) -> None:
+        """Nothing can fail."""
+
+    def abort(self) -> None:
+        """Nothing waits."""
+
+
 class GlooFabric:
     """Gloo over TCP between CPU tensors.
 
