@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from model.ops import cpu, reference
+from model.quantize import Fp8Weight
 
 # Routed experts in the form that a device computes with, which is its own affair.
 Experts = Any
@@ -25,11 +26,11 @@ def _implementation(name: str, device: str) -> Callable[..., Any]:
     return getattr(_KERNELS.get(device), name, None) or getattr(reference, name)
 
 
-def _run(name: str, first: Tensor, *rest: Any) -> Any:
+def _run(name: str, first: Tensor | Fp8Weight, *rest: Any) -> Any:
     return _implementation(name, first.device.type)(first, *rest)
 
 
-def pack(weight: Tensor) -> Tensor:
+def pack(weight: Tensor | Fp8Weight) -> Tensor | Fp8Weight:
     """A weight [out, in] as `linear` reads it fastest, perhaps opaque; perhaps the same one."""
     return _run("pack", weight)
 
@@ -39,17 +40,20 @@ def pack_heads(weight: Tensor) -> Tensor:
     return _run("pack_heads", weight)
 
 
-def pack_experts(gate_up: Tensor, down: Tensor, quantize: str | None = None) -> Experts:
+def pack_experts(
+    gate_up: Tensor | Fp8Weight, down: Tensor | Fp8Weight, quantize: str | None = None
+) -> Experts:
     """Weights [E, 2 inter, H] and [E, H, inter] as `weighted_experts` reads them fastest.
 
     Args:
-        quantize: "int8": whole numbers with a scale for each row of a weight. Kernels for them
-            quantize their inputs too, row by row; the reference does not.
+        quantize: "int8": whole numbers with a scale for each row of a weight that is not in 8
+            bits already. Kernels for them quantize their inputs too, row by row; the reference
+            does not.
     """
     return _run("pack_experts", gate_up, down, quantize)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Fp8Weight) -> Tensor:
     """x [T, in] times the transpose of a weight [out, in], packed or not: [T, out]."""
     return _run("linear", x, weight)
 
@@ -81,7 +85,11 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def write_rows(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
-    """Puts rows [T, latent] at slots [T] of one layer's cache [pages, 64, latent]."""
+    """Puts rows [T, latent] at slots [T] of one layer's cache.
+
+    The cache is [pages, 64, latent] floats, or [pages, 64, bytes of a row] uint8: rows in 8-bit
+    floats, see `model.quantize`. So it is for all that reads it.
+    """
     _run("write_rows", cache, slots, rows)
 
 
@@ -133,7 +141,7 @@ def attend_pages(
 
     Args:
         query: [B, heads, latent].
-        cache: [all pages, 64, latent], one layer's.
+        cache: [all pages, 64, latent], one layer's, or as bytes.
         pages: [B, P] int64 page tables.
         lengths: [B] int64, keys that each sees, at least 1; in descending order.
         value_dim: width of a value.
