@@ -92,7 +92,7 @@ class DecodeGraphs:
         inputs: the hidden states that the stage takes; None if it takes token ids.
         outputs: what it gives.
         selects: whether only the rows of spans that want logits are wanted back.
-        most: rows of the largest step.
+        buckets: rows of the graphs, in ascending order.
         longest: pages of the longest sequence.
         device: of the stage.
         capture: how a call is recorded.
@@ -106,7 +106,7 @@ class DecodeGraphs:
         inputs: Rows | None,
         outputs: Rows,
         selects: bool,
-        most: int,
+        buckets: Sequence[int],
         longest: int,
         device: torch.device,
         capture: Capture,
@@ -115,7 +115,8 @@ class DecodeGraphs:
         self._forward = forward
         self._selects = selects
         self._device = device
-        self._buckets = bucket_sizes(most)
+        self._buckets = list(buckets)
+        most = self._buckets[-1]
         self._widths = [width for width in _WIDTHS if width < longest] + [longest]
         self._numbers = torch.zeros(_NUMBERS * most, dtype=torch.int64, device=device)
         self._pages = torch.full((most * longest,), DUMMY_PAGE, dtype=torch.int64, device=device)

@@ -1,5 +1,7 @@
 """The graphs of one rank's decode steps, made from what the rank has."""
 
+from collections.abc import Sequence
+
 import torch
 
 from model.cache import PAGE_TOKENS, LatentCache
@@ -14,12 +16,15 @@ def decode_graphs(
     stage: Stage,
     cache: LatentCache,
     exchange: StageExchange | None,
-    most: int,
+    buckets: Sequence[int],
+    longest: int,
     capture: Capture | None = None,
 ) -> DecodeGraphs | None:
-    """Records graphs for steps of up to `most` rows; every rank of a stage does so together.
+    """Records a rank's graphs; every rank of a stage does so together.
 
     Args:
+        buckets: rows of the graphs, in ascending order.
+        longest: tokens of the longest sequence.
         capture: how; by default as CUDA graphs.
 
     Returns:
@@ -37,14 +42,13 @@ def decode_graphs(
 
     hidden = Rows(config.hidden_size, stage.dtype)
     logits = Rows(config.vocab_size, torch.float32)
-    pages = cache.rows.shape[1] - 1
     return DecodeGraphs(
         lambda inputs, context: stage.forward(inputs, context, cache),
         inputs=hidden if stage.embedding is None else None,
         outputs=hidden if stage.head is None else logits,
         selects=stage.head is not None,
-        most=most,
-        longest=min(pages, -(-config.max_position_embeddings // PAGE_TOKENS)),
+        buckets=buckets,
+        longest=-(-longest // PAGE_TOKENS),
         device=cache.rows.device,
         capture=capture or CudaCapture(),
         begin=begin,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from model.cache import LatentCache
-from model.graphs import Capture
+from model.graphs import Capture, bucket_sizes
 from model.layout import Layout
 from model.moe import LocalExchange
 from model.sampling_params import SamplingParams
@@ -25,6 +25,7 @@ from tests.model.oracle import oracle
 
 GREEDY = SamplingParams(temperature=0.0)
 PAGES = 40
+LONGEST = 1024
 
 
 def call_again(call: Callable[[], None]) -> Callable[[], None]:
@@ -42,6 +43,7 @@ class Engine:
     capture: Capture | None = None
     rows: int = 8  # of the largest graph
     max_step_tokens: int = 64
+    device: torch.device = CPU
     reserve: dict[tuple[int, int], Callable[[int], None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -53,7 +55,7 @@ class Engine:
                 pages_per_column=PAGES,
                 max_step_tokens=self.max_step_tokens,
                 max_sequences=self.rows,
-                max_model_len=1024,
+                max_model_len=LONGEST,
             )
         )
         layout = Layout(model.config, self.stages, self.ranks)
@@ -67,15 +69,21 @@ class Engine:
             experts = model.config.n_routed_experts
             exchange = EXCHANGES[self.exchange](group, experts) if group is not None else None
             held = exchange or LocalExchange()
-            stage = Stage(model.config, layout, cell, torch.float32, CPU, held)
+            stage = Stage(model.config, layout, cell, torch.float32, self.device, held)
             load(stage, model.tensors)
             cache = LatentCache(
-                model.config, len(layout.layers(cell.stage)), PAGES, torch.float32, CPU
+                model.config, len(layout.layers(cell.stage)), PAGES, torch.float32, self.device
             )
             graphs = None
             if self.capture is not None:
                 graphs = decode_graphs(
-                    model.config, stage, cache, exchange, self.rows, self.capture
+                    model.config,
+                    stage,
+                    cache,
+                    exchange,
+                    bucket_sizes(self.rows),
+                    1024,
+                    self.capture,
                 )
             return Worker(
                 cell, stage, cache, columns[cell.rank][cell.stage], exchange,
