@@ -34,7 +34,7 @@ from serving.gang.gang import Gang
 from serving.gang.placement import RayLauncher
 from serving.node import node_address
 from serving.router.link import RouterLink
-from serving.specs import engine_limits, rank_specs
+from serving.specs import engine_limits, gang_bounds, rank_specs
 from serving.telemetry.exporter import MetricsExporter
 from serving.telemetry.logs import get_logger, setup_logging
 from serving.telemetry.metrics import EngineMetrics, count_tasks, new_registry
@@ -123,7 +123,8 @@ class Engine:
         assert group is not None, "the deployment has placement group bundles"
         launcher = RayLauncher(group, self._settings, gpus)
         secret = secrets.token_bytes(32)
-        gang = Gang(launcher, secret, settings.stages, settings.expert_parallel)
+        bounds = gang_bounds(self._settings)
+        gang = Gang(launcher, secret, settings.stages, settings.expert_parallel, bounds)
         port = await gang.listen(self._host)
         specs = rank_specs(self._settings, self._host, port, "cuda" if gpus else "cpu")
         started = time.monotonic()

@@ -79,11 +79,9 @@ class StepTimes:
 
 
 class EngineObserver(Protocol):
-    """Is told of every finished step, and of what happens to the gang."""
+    """Is told of every finished step, and of every repair."""
 
     def step_finished(self, plan: StepPlan, result: StepResult, times: StepTimes) -> None: ...
-
-    def gang_broken(self) -> None: ...
 
     def gang_repaired(self, repair: Repair, seconds: float, sequences: int) -> None:
         """After so many seconds; so many sequences start over from the tokens they have."""
@@ -186,8 +184,6 @@ class EngineLoop:
         started = self._progressed = self._clock()
         self._repairing = True
         self._in_flight.clear()
-        if self._observer is not None:
-            self._observer.gang_broken()
         repair = await self._gang.repair()
         sequences = self._scheduler.restart(repair.empty_columns)
         self._repairing = False

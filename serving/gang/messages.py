@@ -86,8 +86,6 @@ class RankReady:
     """Weights loaded, cache allocated, fabrics formed: plans may come."""
 
     generation: int
-    load_s: float
-    cache_bytes: int
 
 
 @dataclass(slots=True)

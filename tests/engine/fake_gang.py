@@ -313,7 +313,7 @@ class AsyncFakeGang(FakeGang):
         self.by_itself = by_itself
         self.broken = False
         self._results: asyncio.Queue[StepResult | Exception] = asyncio.Queue()
-        self._repairs: asyncio.Queue[Repair | Exception] = asyncio.Queue()
+        self._outcome: asyncio.Future[Repair] = asyncio.Future()  # of the repair to come
 
     @property
     def in_flight(self) -> int:
@@ -349,11 +349,12 @@ class AsyncFakeGang(FakeGang):
 
     def mend(self) -> None:
         """The gang is whole again."""
-        self._repairs.put_nowait(self._repair)
+        if not self._outcome.done():
+            self._outcome.set_result(self._repair)
 
     def give_up(self, message: str) -> None:
         """The repair fails."""
-        self._repairs.put_nowait(GangFailure(message))
+        self._outcome.set_exception(GangFailure(message))
 
     async def result(self) -> StepResult:
         result = await self._results.get()
@@ -362,8 +363,7 @@ class AsyncFakeGang(FakeGang):
         return result
 
     async def repair(self) -> Repair:
-        repair = await self._repairs.get()
-        if isinstance(repair, Exception):
-            raise repair
+        repair = await self._outcome
+        self._outcome = asyncio.Future()
         self.broken = False
         return repair

@@ -36,9 +36,6 @@ class Room:
     def step_finished(self, plan: StepPlan, result: StepResult, times: StepTimes) -> None:
         self.observed.append((plan.step, result.step, times.seconds))
 
-    def gang_broken(self) -> None:
-        self.repairs.append("broken")
-
     def gang_repaired(self, repair: Repair, seconds: float, sequences: int) -> None:
         self.repairs.append(f"{','.join(repair.cells)} replaced, {sequences} start over")
 
