@@ -11,6 +11,7 @@ The request itself travels in a Serve call (`GenerateCall`), which stays open un
 
 from array import array
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from model.sampling_params import SamplingParams
 from serving.engine.request import EngineStats, Finish, PromptScores, Request, TokenOutput
@@ -30,11 +31,21 @@ class EngineHello:
     metrics_addresses: list[str]  # its own and its ranks'
 
 
+class Condition(StrEnum):
+    """What an engine is about."""
+
+    SERVING = "serving"
+    REPAIRING = "repairing"  # its gang is being made whole; what it has waits, and goes on
+    DRAINING = "draining"  # finishes or hands over what it has
+    STOPPING = "stopping"  # takes nothing any more
+
+
 @dataclass(slots=True)
 class EngineReport:
-    """An engine's load now."""
+    """An engine's load now, and what it is about."""
 
     stats: EngineStats
+    condition: Condition = Condition.SERVING
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     CANCELLED = "cancelled"
     ERROR = "error"
+    MOVED = "moved"  # over on this engine; to be continued on another
 
 
 class RequestError(Exception):
