@@ -18,7 +18,7 @@ from serving.config import Settings
 from serving.engine.loop import EngineLoop, GangFailure
 from serving.engine.request import RequestError
 from serving.engine.scheduler import Scheduler
-from serving.fleet import EngineHello, EngineLoading, EngineReport, GenerateCall
+from serving.fleet import BEAT_S, EngineHello, EngineLoading, EngineReport, GenerateCall
 from serving.gang.gang import Gang
 from serving.gang.placement import RayLauncher
 from serving.node import node_address
@@ -143,11 +143,12 @@ class Engine:
             os._exit(1)
 
     async def _report(self) -> None:
-        """Keeps the router informed; a report is small and goes out only when there is news."""
-        last = None
+        """Keeps the router informed: news at once, and none for no longer than a beat."""
+        last, told_at = None, 0.0
         while True:
-            stats = self._scheduler.stats()
-            if stats != last and self._link.connected and isinstance(self._hello, EngineHello):
-                self._link.send(EngineReport(stats))
-                last = stats
+            report = EngineReport(self._scheduler.stats(), self._streams.condition)
+            due = report != last or time.monotonic() - told_at > BEAT_S
+            if due and self._link.connected and isinstance(self._hello, EngineHello):
+                self._link.send(report)
+                last, told_at = report, time.monotonic()
             await asyncio.sleep(_REPORT_S)
