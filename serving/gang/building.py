@@ -73,7 +73,10 @@ def build_worker(
     cache = LatentCache(config, layers, pages, cache_dtype, torch.device(spec.device))
     graphs = None
     if spec.graphs and not spec.trace:
-        longest, buckets = min(spec.longest, (pages - 1) * PAGE_TOKENS), bucket_sizes(spec.sequences)
+        longest, buckets = (
+            min(spec.longest, (pages - 1) * PAGE_TOKENS),
+            bucket_sizes(spec.sequences),
+        )
         graphs = decode_graphs(config, stage, cache, exchange, buckets, longest, capture)
         if graphs is not None and spec.measure:
             graphs.record()  # all ranks are here; later, each bucket when it is first needed
