@@ -1,32 +1,22 @@
 """Every hot operation of the network under one signature, whatever the device.
 
-`reference` is plain torch, runs everywhere and is the truth. A device's own module holds what
-it does faster; an operation that it lacks falls back to the reference. Which implementation
-runs is decided by the device of the first tensor.
+`reference` is plain torch, runs everywhere and is the truth. Which implementation runs is
+decided once for each device (`model.ops.choice`), and the device is that of the first tensor.
 """
 
-from collections.abc import Callable
-from functools import cache
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
-from model.ops import cpu, reference
+from model.ops.choice import choose as choose
+from model.ops.choice import implementations
 
 # Routed experts in the form that a device computes with, which is its own affair.
 Experts = Any
 
-_KERNELS: dict[str, ModuleType] = {"cpu": cpu}
-
-
-@cache
-def _implementation(name: str, device: str) -> Callable[..., Any]:
-    return getattr(_KERNELS.get(device), name, None) or getattr(reference, name)
-
 
 def _run(name: str, first: Tensor, *rest: Any) -> Any:
-    return _implementation(name, first.device.type)(first, *rest)
+    return implementations(first.device.type)[name](first, *rest)
 
 
 def pack(weight: Tensor) -> Tensor:
