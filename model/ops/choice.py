@@ -32,6 +32,7 @@ OPERATIONS = (
     "merge",
     "route",
     "weighted_experts",
+    "draw",
 )
 
 REFERENCE = "reference"
@@ -40,7 +41,7 @@ REFERENCE = "reference"
 _MODULES = {
     REFERENCE: ("reference",),
     "cpu": ("cpu",),
-    "triton": ("triton_attention",),
+    "triton": ("triton_attention", "triton_experts", "triton_rows", "triton_gate", "triton_sampling"),
 }
 _PREFERRED = {"cpu": ("cpu",), "cuda": ("triton",)}
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.ops.race import draw as draw
 from model.quantize import from_int8, int8
 
 # Weights [out, in] of several experts, in one tensor or apart.
