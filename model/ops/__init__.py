@@ -57,6 +57,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _run("rms_norm", x, weight, eps)
 
 
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + delta [..., D], rounded to x's dtype, and `rms_norm` of that."""
+    return _run("add_rms_norm", x, delta, weight, eps)
+
+
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu of the first half of the last dimension times the second: [..., 2 D] to [..., D]."""
     return _run("silu_mul", gate_up)

@@ -22,6 +22,7 @@ OPERATIONS = (
     "linear",
     "linear_heads",
     "rms_norm",
+    "add_rms_norm",
     "silu_mul",
     "rotate_",
     "write_rows",
@@ -41,7 +42,14 @@ REFERENCE = "reference"
 _MODULES = {
     REFERENCE: ("reference",),
     "cpu": ("cpu",),
-    "triton": ("triton_attention", "triton_experts", "triton_rows", "triton_gate", "triton_sampling"),
+    "triton": (
+        "triton_attention",
+        "triton_linear",
+        "triton_experts",
+        "triton_rows",
+        "triton_gate",
+        "triton_sampling",
+    ),
 }
 _PREFERRED = {"cpu": ("cpu",), "cuda": ("triton",)}
 

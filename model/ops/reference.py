@@ -55,6 +55,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * normed.to(x.dtype)
 
 
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + delta
+    return total, rms_norm(total, weight, eps)
+
+
 def silu_mul(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
@@ -124,12 +129,18 @@ def route(
     scores = logits.softmax(-1)  # [T, experts]
     if groups > 1:
         grouped = scores.unflatten(-1, (groups, -1))  # [T, groups, experts / groups]
-        kept = grouped.amax(-1).topk(groups_kept).indices  # [T, groups_kept]
+        kept = _likeliest(grouped.amax(-1), groups_kept)[1]  # [T, groups_kept]
         barred = torch.ones(grouped.shape[:2], dtype=torch.bool, device=logits.device)
         barred.scatter_(1, kept, False)
         scores = grouped.masked_fill(barred[..., None], float("-inf")).flatten(1)
-    weights, ids = scores.topk(top_k, sorted=True)
+    weights, ids = _likeliest(scores, top_k)
     return ids, weights * scale
+
+
+def _likeliest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest of the last dimension and where they are; of equals, the first."""
+    values, places = scores.sort(dim=-1, descending=True, stable=True)
+    return values[..., :count], places[..., :count]
 
 
 def _grouped_linear(x: Tensor, weights: Weights, ends: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def _route(
     value = tl.load(logits + row * experts + expert, mask=inside, other=float("-inf"))
     score = tl.exp(value - tl.max(tl.max(value, 1), 0))
     score = score / tl.sum(tl.sum(score, 1), 0)
-    left = tl.where(inside, score, -1.0)
+    left = tl.where(inside & (score >= 0.0), score, -1.0)
     if groups_kept < groups:
         best = tl.max(left, 1)
         eligible = tl.zeros([GROUPS], tl.int1)
@@ -51,7 +51,7 @@ def _route(
         left = tl.where(eligible[:, None], left, -1.0)
     for k in range(top_k):
         most = tl.max(tl.max(left, 1), 0)
-        chosen = tl.min(tl.min(tl.where(left == most, expert, experts), 1), 0)
+        chosen = tl.min(tl.min(tl.where((left == most) & (left >= 0.0), expert, experts), 1), 0)
         chosen = tl.where(chosen < experts, chosen, k)
         left = tl.where(expert == chosen, -1.0, left)
         tl.store(ids + row * top_k + k, chosen.to(tl.int64))
