@@ -1,7 +1,79 @@
-"""Weights in fewer bits."""
+"""Weights in fewer bits.
+
+8-bit floats are e4m3 (four bits of exponent, three of mantissa, no infinities; largest 448), with
+an fp32 scale for a whole weight or for every block of 128 × 128 of it. Blocks at the right and
+lower edge may be smaller: 576 and 10944 are no multiples of 128.
+"""
+
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+BLOCK = 128
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+
+
+class Fp8Weight(NamedTuple):
+    """Weights in 8-bit floats: what an element stands for is `data` times its scale.
+
+    Attributes:
+        data: [..., outputs, inputs] float8_e4m3fn.
+        scale: fp32; [...], one for each weight, or [..., ⌈outputs / 128⌉, ⌈inputs / 128⌉], one
+            for each block.
+    """
+
+    data: Tensor
+    scale: Tensor
+
+    @property
+    def by_block(self) -> bool:
+        return self.scale.dim() == self.data.dim()
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+
+def fp8_per_block(weight: Tensor) -> Fp8Weight:
+    """Weights [..., outputs, inputs] in 8-bit floats, a block's largest magnitude being 448."""
+    *stack, outputs, inputs = weight.shape
+    rows, columns = -(-outputs // BLOCK), -(-inputs // BLOCK)
+    padded = F.pad(weight, (0, columns * BLOCK - inputs, 0, rows * BLOCK - outputs))
+    blocks = padded.view(*stack, rows, BLOCK, columns, BLOCK)
+    scale = _scale(blocks.abs().amax((-3, -1)))  # [..., rows, columns]
+    data = _rounded(blocks, scale[..., :, None, :, None]).view(padded.shape)
+    return Fp8Weight(data[..., :outputs, :inputs].contiguous(), scale)
+
+
+def fp8_per_tensor(weight: Tensor) -> Fp8Weight:
+    """Weights [..., outputs, inputs] in 8-bit floats, a weight's largest magnitude being 448."""
+    scale = _scale(weight.abs().amax((-2, -1)))  # [...]
+    return Fp8Weight(_rounded(weight, scale[..., None, None]), scale)
+
+
+def from_fp8(weight: Fp8Weight, dtype: torch.dtype) -> Tensor:
+    """The weights [..., outputs, inputs] that they stand for."""
+    data, scale = weight
+    if not weight.by_block:
+        return (data.float() * scale[..., None, None]).to(dtype)
+    outputs, inputs = data.shape[-2:]
+    each = scale.repeat_interleave(BLOCK, -1)[..., :inputs]  # [..., rows, inputs]
+    whole = torch.empty(data.shape, dtype=dtype, device=data.device)
+    for row in range(scale.shape[-2]):
+        at = slice(row * BLOCK, min(row * BLOCK + BLOCK, outputs))
+        whole[..., at, :] = (data[..., at, :].float() * each[..., row, None, :]).to(dtype)
+    return whole
+
+
+def _scale(largest: Tensor) -> Tensor:
+    return torch.where(largest > 0, largest.float() / FP8_MAX, 1.0)
+
+
+def _rounded(weight: Tensor, scale: Tensor) -> Tensor:
+    return (weight.float() / scale).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
 
 
 def int8(weight: Tensor) -> tuple[Tensor, Tensor]:
