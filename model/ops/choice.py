@@ -40,7 +40,7 @@ REFERENCE = "reference"
 _MODULES = {
     REFERENCE: ("reference",),
     "cpu": ("cpu",),
-    "triton": ("triton_attention",),
+    "triton": ("triton_attention", "triton_latents", "triton_cache"),
 }
 _PREFERRED = {"cpu": ("cpu",), "cuda": ("triton",)}
 
