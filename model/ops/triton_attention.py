@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.ops import reference
+from model.ops.tiling import MATRIX_SIDE, powers_of_two
 
 _LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -39,7 +40,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     (queries, heads, width), (keys, _, own) = query.shape, key.shape
     values, shared = value.shape[-1], width - own
-    if not all(side >= 16 and side & (side - 1) == 0 for side in (own, shared, values)):
+    if not powers_of_two(own, shared, values, least=MATRIX_SIDE):
         return reference.attend(query, key, shared_key, value, scale, causal)
     query, key, value = (_elements_adjacent(each) for each in (query, key, value))
     shared_key = _elements_adjacent(shared_key)

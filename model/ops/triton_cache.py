@@ -1,8 +1,6 @@
-"""Rows of the latent cache in Triton: written to their slots and read back, in either layout.
+"""Rows of the latent cache in Triton: written to their slots and read back.
 
-A plain cache [pages, 64, latent] holds rows in a floating dtype. A *quantized* one holds bytes
-[pages, 64, row]: a row's latents in e4m3, then an fp32 scale for each 128 of them, then its
-rotated key in bf16, which is what quantization would hurt most.
+A *quantized* cache holds rows as bytes, laid out as `model.quantize` says.
 """
 
 from typing import NamedTuple
@@ -12,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.quantize import FP8_MAX
+from model.ops import reference
+from model.ops.tiling import powers_of_two
+from model.quantize import BLOCK, FP8_MAX, fp8_latent
 
-SCALED = 128  # latents that share a scale
 _LARGEST = tl.constexpr(FP8_MAX)
 
 
@@ -43,13 +42,8 @@ def parts_of(cache: Tensor, value_dim: int) -> Parts:
     if cache.dtype != torch.uint8:
         return Parts(cache, None, cache[..., value_dim:])
     scales = cache.view(torch.float32)[..., value_dim // 4 :]
-    ropes = cache.view(torch.bfloat16)[..., (value_dim + 4 * (value_dim // SCALED)) // 2 :]
+    ropes = cache.view(torch.bfloat16)[..., (value_dim + 4 * (value_dim // BLOCK)) // 2 :]
     return Parts(cache, scales, ropes)
-
-
-def _latents(cache: Tensor, width: int) -> int:
-    """How many of a row's `width` elements are latents, from what a quantized row takes."""
-    return (2 * width - cache.shape[-1]) * 32 // 31
 
 
 def write_rows(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
@@ -59,26 +53,30 @@ def write_rows(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
         tile = triton.next_power_of_2(width)
         _write[(count,)](rows, slots, cache, rows.stride(0), cache.stride(1), width, TILE=tile)
         return
-    value_dim = _latents(cache, width)
+    value_dim = fp8_latent(width, cache.shape[-1])
+    if not powers_of_two(value_dim, width - value_dim):
+        reference.write_rows(cache, slots, rows)
+        return
     parts = parts_of(cache, value_dim)
     _quantize[(count,)](
         rows, slots, *parts, rows.stride(0), *parts.strides,
-        GROUPS=value_dim // SCALED, SCALED=SCALED, ROPE=width - value_dim, num_warps=4,
+        GROUPS=value_dim // BLOCK, SCALED=BLOCK, ROPE=width - value_dim, num_warps=4,
     )  # fmt: skip
 
 
 def read_rows(cache: Tensor, slots: Tensor, like: Tensor) -> Tensor:
-    count, width = len(slots), like.shape[-1]
-    out = like.new_empty(count, width)
+    out = like.new_empty(len(slots), width := like.shape[-1])
     if cache.dtype != torch.uint8:
         tile = triton.next_power_of_2(width)
-        _read[(count,)](cache, slots, out, cache.stride(1), width, TILE=tile)
+        _read[(len(slots),)](cache, slots, out, cache.stride(1), width, TILE=tile)
         return out
-    value_dim = _latents(cache, width)
+    value_dim = fp8_latent(width, cache.shape[-1])
+    if not powers_of_two(value_dim, width - value_dim):
+        return reference.read_rows(cache, slots, like)
     parts = parts_of(cache, value_dim)
-    _dequantize[(count,)](
+    _dequantize[(len(slots),)](
         *parts, slots, out, *parts.strides,
-        GROUPS=value_dim // SCALED, SCALED=SCALED, ROPE=width - value_dim, num_warps=4,
+        GROUPS=value_dim // BLOCK, SCALED=BLOCK, ROPE=width - value_dim, num_warps=4,
     )  # fmt: skip
     return out
 

@@ -17,10 +17,13 @@ from torch import Tensor
 
 from model.cache import PAGE_TOKENS
 from model.ops import reference
-from model.ops.triton_cache import SCALED, Parts, parts_of
+from model.ops.tiling import MATRIX_SIDE, powers_of_two
+from model.ops.triton_cache import Parts, parts_of
+from model.quantize import BLOCK
 
 _LN_2 = tl.constexpr(0.6931471805599453)
 _MOST_SPLITS = 64
+_MERGED_COLUMNS = 128
 _SPLIT_COST = 2  # what another split costs, in tiles of tokens: its start, its part of the merge
 
 
@@ -48,8 +51,10 @@ def tiles(heads: int, itemsize: int, quantized: bool = False) -> Tiles:
     """
     if itemsize == 4:
         return Tiles(heads=16, tokens=16, warps=4, stages=2, resident=1)
+    if heads < 64 and quantized:
+        return Tiles(heads=16, tokens=32, warps=8, stages=3, resident=1)
     if heads < 64:
-        return Tiles(heads=16, tokens=32, warps=4, stages=3 - quantized, resident=2)
+        return Tiles(heads=16, tokens=32, warps=4, stages=3, resident=2)
     return Tiles(heads=64, tokens=64, warps=8, stages=2, resident=1)
 
 
@@ -96,9 +101,7 @@ def attend_latents(
 
 
 def _fits(query: Tensor, value_dim: int) -> bool:
-    """A tile's sides are powers of two, and at least what a matrix instruction takes."""
-    sides = (value_dim, query.shape[-1] - value_dim)
-    return all(side >= 16 and side & (side - 1) == 0 for side in sides)
+    return powers_of_two(value_dim, query.shape[-1] - value_dim, least=MATRIX_SIDE)
 
 
 def _attend(
@@ -132,13 +135,14 @@ def _attend(
         scale, heads, longest, pages.shape[1] if paged else 0, *parts.strides,
         SPLITS=splits, HEADS=tile.heads, TOKENS=tile.tokens, PAGE=PAGE_TOKENS, PAGED=paged,
         VALUE=value_dim, ROPE=latent - value_dim, QUANTIZED=parts.scales is not None,
-        SCALED=SCALED, num_warps=tile.warps, num_stages=tile.stages,
+        SCALED=BLOCK, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if not whole:
-        _merge_splits[heads, batch](
+        columns = min(value_dim, _MERGED_COLUMNS)
+        _merge_splits[heads, batch, value_dim // columns](
             found, found_lse, lengths, out, lse, heads, longest,
             SPLITS=splits, MOST=triton.next_power_of_2(splits), TOKENS=tile.tokens, PAGED=paged,
-            VALUE=value_dim, num_warps=4,
+            VALUE=value_dim, COLUMNS=columns, num_warps=4,
         )  # fmt: skip
     return out, lse
 
@@ -237,22 +241,21 @@ def _attend_split(
 def _merge_splits(
     found, found_lse, lengths, out, lse, heads, longest,
     SPLITS: tl.constexpr, MOST: tl.constexpr, TOKENS: tl.constexpr, PAGED: tl.constexpr,
-    VALUE: tl.constexpr,
+    VALUE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One head of one sequence: what its splits found, by their share of the softmax."""
-    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """COLUMNS of one head of one sequence: what its splits found, by their share of the softmax."""
+    head, row, column = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     length = tl.load(lengths + row).to(tl.int32) if PAGED else longest
-    used = tl.cdiv(length, _share(length, SPLITS, TOKENS))
-    splits, values = tl.arange(0, MOST), tl.arange(0, VALUE)
-    at = found_lse + (row * SPLITS + splits) * heads + head
-    each = tl.load(at, mask=splits < used, other=float("-inf"))
+    split = tl.arange(0, MOST)
+    used = split < tl.cdiv(length, _share(length, SPLITS, TOKENS))
+    place = (row * SPLITS + split) * heads + head
+    each = tl.load(found_lse + place, mask=used, other=float("-inf"))
     highest = tl.max(each, 0)
     sum_lse = highest + tl.log(tl.sum(tl.exp(each - highest), 0))
-    mixed = tl.zeros([VALUE], tl.float32)
-    for split in range(used):
-        place = (row * SPLITS + split) * heads + head
-        share = tl.exp(tl.load(found_lse + place) - sum_lse)
-        mixed += share * tl.load(found + place * VALUE + values)
+    columns = column * COLUMNS + tl.arange(0, COLUMNS)
+    at = found + place[:, None] * VALUE + columns[None, :]
+    parts = tl.load(at, mask=used[:, None], other=0.0)  # [MOST, COLUMNS]
+    mixed = tl.sum(tl.exp(each - sum_lse)[:, None] * parts, 0)
     place = row * heads + head
-    tl.store(out + place * VALUE + values, mixed.to(out.dtype.element_ty))
+    tl.store(out + place * VALUE + columns, mixed.to(out.dtype.element_ty))
     tl.store(lse + place, sum_lse)
