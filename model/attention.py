@@ -119,12 +119,14 @@ class Attention(nn.Module):
 
         Args:
             rotation: cosines and sines of the rows' positions, [T, rope / 2] fp32 each.
-            cache: [pages, 64, latent + rope].
+            cache: [pages, 64, latent + rope], or as bytes.
         """
         query = self.query(x)  # [T, heads, nope + rope]
         ops.rotate_(query[..., self.nope :], *rotation)
         rows = self._cache_rows(x, rotation)
         ops.write_rows(cache, context.slots, rows)
+        if cache.dtype != rows.dtype:  # what is seen of a row is the same in every step
+            rows = ops.read_rows(cache, context.slots, rows)
         out = x.new_empty(len(x), self.heads, self.value_dim)
         if (decode := context.decode) is not None:
             mixed = ops.attend_pages(

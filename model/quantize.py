@@ -1,8 +1,12 @@
-"""Weights in fewer bits.
+"""Weights and cached rows in fewer bits.
 
-8-bit floats are e4m3 (four bits of exponent, three of mantissa, no infinities; largest 448), with
-an fp32 scale for a whole weight or for every block of 128 × 128 of it. Blocks at the right and
+8-bit floats are e4m3 (four bits of exponent, three of mantissa, no infinities; largest 448). A
+weight has an fp32 scale as a whole or for every block of 128 × 128 of it. Blocks at the right and
 lower edge may be smaller: 576 and 10944 are no multiples of 128.
+
+A cached row in 8-bit floats is bytes: the latent's elements in e4m3, an fp32 scale for every 128 of
+them, then the rotated key in bf16, which 8 bits would hurt most. 512 + 4 · 4 + 2 · 64 = 656 bytes
+with a latent of 512 and a key of 64.
 """
 
 from typing import NamedTuple
@@ -66,6 +70,42 @@ def from_fp8(weight: Fp8Weight, dtype: torch.dtype) -> Tensor:
         at = slice(row * BLOCK, min(row * BLOCK + BLOCK, outputs))
         whole[..., at, :] = (data[..., at, :].float() * each[..., row, None, :]).to(dtype)
     return whole
+
+
+def fp8_row_bytes(latent: int, rope: int) -> int:
+    """Bytes of one cached row in 8-bit floats; `latent` is a multiple of 128."""
+    return latent + 4 * (latent // BLOCK) + 2 * rope
+
+
+def fp8_rows(rows: Tensor, row_bytes: int) -> Tensor:
+    """Cache rows [..., latent + rope] as bytes [..., row_bytes] uint8."""
+    latent = fp8_latent(rows.shape[-1], row_bytes)
+    groups = rows[..., :latent].unflatten(-1, (-1, BLOCK)).float()
+    scale = _scale(groups.abs().amax(-1))  # [..., latent / 128]
+    parts = (
+        _rounded(groups, scale[..., None]).flatten(-2),
+        scale,
+        rows[..., latent:].to(torch.bfloat16).contiguous(),
+    )
+    return torch.cat([part.view(torch.uint8) for part in parts], dim=-1)
+
+
+def from_fp8_rows(stored: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """The rows [..., width] that bytes [..., row_bytes] stand for."""
+    latent = fp8_latent(width, stored.shape[-1])
+    sizes = (latent, 4 * (latent // BLOCK), 2 * (width - latent))
+    data, scale, rope = (part.contiguous() for part in stored.split(sizes, dim=-1))
+    groups = data.view(FP8).float().unflatten(-1, (-1, BLOCK))
+    values = groups * scale.view(torch.float32)[..., None]
+    return torch.cat((values.flatten(-2).to(dtype), rope.view(torch.bfloat16).to(dtype)), dim=-1)
+
+
+def fp8_latent(width: int, row_bytes: int) -> int:
+    """How many of a row's `width` elements are the latent, from how many bytes it takes.
+
+    Solves latent + rope = width and latent + 4 latent / 128 + 2 rope = row_bytes.
+    """
+    return (2 * width - row_bytes) * 32 // 31
 
 
 def _scale(largest: Tensor) -> Tensor:

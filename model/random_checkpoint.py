@@ -8,6 +8,7 @@ sequence are its ids.
 
 import json
 import shutil
+from collections.abc import Iterator
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.checkpoint import STORED_AS, all_tensors
+from model.checkpoint import STORED_AS, all_tensors, cell_tensors
 from model.config import CheckpointError, ModelConfig
+from model.layout import Cell, Layout
 from model.shards import Progress, write_shards
 
 GIB = 2**30
@@ -168,6 +170,23 @@ def write_random(
     (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
+def random_cell(
+    config: ModelConfig,
+    layout: Layout,
+    cell: Cell,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int = 0,
+) -> Iterator[tuple[str, Tensor]]:
+    """One cell's tensors as (name, tensor of `dtype`), made on `device` one after the other.
+
+    In the order of a checkpoint, without one: no file is read or written. On CPUs they are those
+    that `write_random` writes; each kind of device has numbers of its own.
+    """
+    for name, shape in cell_tensors(config, layout, cell).items():
+        yield name, _random(name, shape, seed, dtype, config.num_hidden_layers, device)
+
+
 def _config(shape: str, layers: int | None, dtype: torch.dtype) -> dict[str, Any]:
     if shape not in SHAPES:
         raise CheckpointError(f"no shape {shape!r}; choose one of {', '.join(SHAPES)}")
@@ -203,7 +222,12 @@ def _prepare(directory: Path, needed: int) -> None:
 
 
 def _random(
-    name: str, shape: tuple[int, ...], seed: int, dtype: torch.dtype, layers: int
+    name: str,
+    shape: tuple[int, ...],
+    seed: int,
+    dtype: torch.dtype,
+    layers: int,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """The tensor `name`, a pure function of the arguments.
 
@@ -211,12 +235,12 @@ def _random(
     shrinks with depth, so that its variance does not grow with the number of layers.
     """
     if len(shape) == 1:
-        return torch.ones(shape, dtype=dtype)
+        return torch.ones(shape, dtype=dtype, device=device)
     adds = name.endswith(("o_proj.weight", "down_proj.weight"))
     std = STD * (2 * layers) ** -0.5 if adds else STD
     digest = blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.empty(shape, dtype=dtype).normal_(0.0, std, generator=generator)
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, std, generator=generator)
 
 
 def _size(shape: tuple[int, ...]) -> int:

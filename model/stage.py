@@ -83,6 +83,9 @@ class Stage(nn.Module):
     All ranks of a stage hold the same layers and meet in `exchange` once for each expert layer;
     each holds its own share of the routed experts. It computes once every tensor has been given
     to `load_tensor` and `finalize` was called; nothing can be loaded after that.
+
+    Attributes:
+        dtype: of the hidden states.
     """
 
     def __init__(
@@ -113,6 +116,7 @@ class Stage(nn.Module):
                 Layer(config, feed_forward(layer), dtype) for layer in layout.layers(cell.stage)
             )
             self.head = Head(config, dtype) if layout.has_head(cell.stage) else None
+        self.dtype = dtype
         self._cell = cell
         self._first_layer = layout.layers(cell.stage).start
         self._rope = Rope(config.rope, config.qk_rope_head_dim, device)

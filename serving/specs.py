@@ -59,6 +59,7 @@ def rank_specs(settings: Settings, host: str, port: int, device: str) -> list[Ra
             log_level=settings.telemetry.log_level,
             quantize=settings.model.quantize,
             fabric=gang.fabric,
+            cache_dtype=gang.cache_dtype,
         )
         for stage in range(gang.stages)
         for rank in range(gang.expert_parallel)

@@ -76,7 +76,11 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def write_rows(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
-    """Puts rows [T, latent] at slots [T] of one layer's cache [pages, 64, latent]."""
+    """Puts rows [T, latent] at slots [T] of one layer's cache.
+
+    The cache is [pages, 64, latent] floats, or [pages, 64, bytes of a row] uint8: rows in 8-bit
+    floats, see `model.quantize`. So it is for all that reads it.
+    """
     _run("write_rows", cache, slots, rows)
 
 
@@ -128,7 +132,7 @@ def attend_pages(
 
     Args:
         query: [B, heads, latent].
-        cache: [all pages, 64, latent], one layer's.
+        cache: [all pages, 64, latent], one layer's, or as bytes.
         pages: [B, P] int64 page tables.
         lengths: [B] int64, keys that each sees, at least 1; in descending order.
         value_dim: width of a value.

@@ -44,6 +44,8 @@ _MODULES = {
     "cpu": ("cpu",),
     "triton": (
         "triton_attention",
+        "triton_latents",
+        "triton_cache",
         "triton_linear",
         "triton_experts",
         "triton_rows",

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.ops.race import draw as draw
-from model.quantize import from_int8, int8
+from model.quantize import fp8_rows, from_fp8_rows, from_int8, int8
 
 # Weights [out, in] of several experts, in one tensor or apart.
 Weights = Tensor | Sequence[Tensor]
@@ -74,11 +74,19 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def write_rows(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
-    cache.flatten(0, 1)[slots] = rows.to(cache.dtype)
+    eight_bits = cache.dtype == torch.uint8
+    stored = fp8_rows(rows, cache.shape[-1]) if eight_bits else rows.to(cache.dtype)
+    cache.flatten(0, 1)[slots] = stored
 
 
 def read_rows(cache: Tensor, slots: Tensor, like: Tensor) -> Tensor:
-    return cache.flatten(0, 1).index_select(0, slots).to(like.dtype)
+    return _values(cache.flatten(0, 1).index_select(0, slots), like.shape[-1], like.dtype)
+
+
+def _values(stored: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Cache rows [..., width] of what is stored."""
+    eight_bits = stored.dtype == torch.uint8
+    return from_fp8_rows(stored, width, dtype) if eight_bits else stored.to(dtype)
 
 
 def attend(
@@ -107,7 +115,8 @@ def attend_latents(
 def attend_pages(
     query: Tensor, cache: Tensor, pages: Tensor, lengths: Tensor, value_dim: int, scale: float
 ) -> Tensor:
-    keys = cache[pages].flatten(1, 2).float()  # [B, P * 64, latent]
+    stored = cache[pages].flatten(1, 2)
+    keys = _values(stored, query.shape[-1], torch.float32)  # [B, P * 64, latent]
     unseen = torch.arange(keys.shape[1], device=query.device) >= lengths[:, None]
     keys = keys.masked_fill(unseen[..., None], 0.0)  # whatever a page held before, NaN included
     scores = torch.einsum("bhd,bmd->bhm", query.float(), keys) * scale

@@ -30,6 +30,7 @@ class RankSpec:
     quantize: str | None = None
     trace: bool = False
     fabric: str = "auto"  # auto, shared_memory or gloo; on CPUs alone
+    cache_dtype: str = "auto"  # auto (as `dtype`) or fp8
 
     @property
     def cell(self) -> str:

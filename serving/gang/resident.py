@@ -20,6 +20,7 @@ from model.checkpoint import read_cell
 from model.config import CheckpointError, ModelConfig
 from model.layout import Cell, Layout
 from model.moe import LocalExchange
+from model.quantize import FP8
 from model.stage import Stage
 from model.tokenizer import Tokenizer
 from serving.engine.plan import RankPlan
@@ -212,7 +213,8 @@ def _build_worker(spec: RankSpec, fabrics: Fabrics, channel: BlockingChannel) ->
     for name, tensor in read_cell(directory, config, layout, cell, dtype, report):
         stage.load_tensor(name, tensor)
     stage.finalize()
-    cache = LatentCache(config, len(layout.layers(cell.stage)), spec.pages, dtype, device)
+    cache_dtype = FP8 if spec.cache_dtype == "fp8" else dtype
+    cache = LatentCache(config, len(layout.layers(cell.stage)), spec.pages, cache_dtype, device)
     grammars = None
     if layout.has_head(cell.stage):
         grammars = Grammars(lambda: Tokenizer.from_directory(directory, config))

@@ -77,7 +77,7 @@ class Worker:
         self._trace = trace
         if trace is not None and exchange is not None:
             exchange.trace = trace.add
-        self._device, self._dtype = cache.rows.device, cache.rows.dtype
+        self._device, self._dtype = cache.rows.device, stage.dtype
         self._first = column is None or cell.stage == 0
         self._last = column is None or cell.stage == column.size - 1
         self._residents: dict[int, Resident] = {}

@@ -92,6 +92,7 @@ class Gang:
         dtype: torch.dtype = torch.float32,
         pages: int = 96,
         exchanges: ExchangeFactory = thread_exchanges,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         self.layout = Layout(config, stages, ranks)
         self._exchanges = [exchanges(self.layout) for _ in range(stages)]
@@ -99,7 +100,9 @@ class Gang:
         for stage in self._cells.values():
             load(stage, tensors)
         self._caches = {
-            cell: LatentCache(config, len(self.layout.layers(cell.stage)), pages, dtype, CPU)
+            cell: LatentCache(
+                config, len(self.layout.layers(cell.stage)), pages, cache_dtype or dtype, CPU
+            )
             for cell in self.layout.cells
         }
         self._free_pages = [list(range(1, pages)) for _ in range(ranks)]
