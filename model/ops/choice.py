@@ -1,8 +1,9 @@
 """Which implementation of an operation runs on a device.
 
 Implementations come in *kinds*: "reference" is plain torch, "cpu" what CPUs do faster, "triton"
-our own kernels for GPUs. A kind is a few modules, and lacks some operations; for those the
-reference is taken. A device has kinds that it prefers; another one can be forced.
+our own kernels for GPUs, "library" what else torch's libraries offer there. A kind is a few
+modules, and lacks some operations; for those the reference is taken. A device has kinds that it
+prefers; another one can be forced.
 """
 
 import importlib
@@ -52,6 +53,7 @@ _MODULES = {
         "triton_gate",
         "triton_sampling",
     ),
+    "library": ("library",),
 }
 _PREFERRED = {"cpu": ("cpu",), "cuda": ("triton",)}
 

@@ -161,7 +161,7 @@ def _likeliest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values[..., :count], places[..., :count]
 
 
-def _grouped_linear(x: Tensor, weights: Weights, ends: Tensor) -> Tensor:
+def multiply_by_group(x: Tensor, weights: Weights, ends: Tensor) -> Tensor:
     """Rows of x up to ends[0] times weights[0], up to ends[1] times weights[1], …
 
     Rows past the last end come out as anything.
@@ -177,7 +177,7 @@ def weighted_experts(
     weights: Tensor,
     experts: Experts,
     first: int,
-    grouped_linear: Callable[[Tensor, Weights, Tensor], Tensor] = _grouped_linear,
+    grouped_linear: Callable[[Tensor, Weights, Tensor], Tensor] = multiply_by_group,
 ) -> Tensor:
     (gate_up, down), (rows, top_k), held = experts, ids.shape, experts.held
     if rows == 0:

@@ -17,19 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from model.ops import reference
+from model.ops.reference import Experts
 from model.ops.triton_linear import Tile, Weight, data_of, scale_at, scales_of
 from model.ops.triton_rows import silu
 from model.ops.triton_sort import Plan, by_expert
 from model.quantize import BLOCK, Fp8Weight
 
 _SUMMED_AT_ONCE = 1024  # columns of a row
-
-
-class Experts(NamedTuple):
-    """gate_up [E, 2 inter, H] and down [E, H, inter]."""
-
-    gate_up: Weight
-    down: Weight
 
 
 class Tiles(NamedTuple):
@@ -50,9 +44,8 @@ TILES: tuple[tuple[float, Tiles], ...] = (
 
 
 def pack_experts(gate_up: Weight, down: Weight, quantize: str | None = None) -> Experts:
-    if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
-        gate_up, down = reference.pack_experts(gate_up, down, quantize)
-    return Experts(*(_contiguous(weight) for weight in (gate_up, down)))
+    both = (reference.as_quantized(weight, quantize) for weight in (gate_up, down))
+    return Experts(*(_contiguous(weight) for weight in both))
 
 
 def weighted_experts(
