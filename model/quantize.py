@@ -58,6 +58,15 @@ def fp8_per_tensor(weight: Tensor) -> Fp8Weight:
     return Fp8Weight(_rounded(weight, scale[..., None, None]), scale)
 
 
+def by_block(weight: Fp8Weight) -> Fp8Weight:
+    """The same weights with a scale for each block, if they have but one."""
+    if weight.by_block:
+        return weight
+    *stack, outputs, inputs = weight.data.shape
+    blocks = (*stack, -(-outputs // BLOCK), -(-inputs // BLOCK))
+    return Fp8Weight(weight.data, weight.scale[..., None, None].expand(blocks).contiguous())
+
+
 def from_fp8(weight: Fp8Weight, dtype: torch.dtype) -> Tensor:
     """The weights [..., outputs, inputs] that they stand for."""
     data, scale = weight

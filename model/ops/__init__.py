@@ -10,16 +10,17 @@ from torch import Tensor
 
 from model.ops.choice import choose as choose
 from model.ops.choice import implementations
+from model.quantize import Fp8Weight
 
 # Routed experts in the form that a device computes with, which is its own affair.
 Experts = Any
 
 
-def _run(name: str, first: Tensor, *rest: Any) -> Any:
+def _run(name: str, first: Tensor | Fp8Weight, *rest: Any) -> Any:
     return implementations(first.device.type)[name](first, *rest)
 
 
-def pack(weight: Tensor) -> Tensor:
+def pack(weight: Tensor | Fp8Weight) -> Tensor | Fp8Weight:
     """A weight [out, in] as `linear` reads it fastest, perhaps opaque; perhaps the same one."""
     return _run("pack", weight)
 
@@ -29,17 +30,20 @@ def pack_heads(weight: Tensor) -> Tensor:
     return _run("pack_heads", weight)
 
 
-def pack_experts(gate_up: Tensor, down: Tensor, quantize: str | None = None) -> Experts:
+def pack_experts(
+    gate_up: Tensor | Fp8Weight, down: Tensor | Fp8Weight, quantize: str | None = None
+) -> Experts:
     """Weights [E, 2 inter, H] and [E, H, inter] as `weighted_experts` reads them fastest.
 
     Args:
-        quantize: "int8": whole numbers with a scale for each row of a weight. Kernels for them
-            quantize their inputs too, row by row; the reference does not.
+        quantize: "int8": whole numbers with a scale for each row of a weight that is not in 8
+            bits already. Kernels for them quantize their inputs too, row by row; the reference
+            does not.
     """
     return _run("pack_experts", gate_up, down, quantize)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Fp8Weight) -> Tensor:
     """x [T, in] times the transpose of a weight [out, in], packed or not: [T, out]."""
     return _run("linear", x, weight)
 

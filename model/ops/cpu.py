@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.ops import native, reference
+from model.quantize import Fp8Weight
 
 # Latents gathered at a time in decode: 19 MB in bf16, whatever the batch and its lengths.
 _GATHERED_TOKENS = 16384
@@ -25,7 +26,11 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _PACKS = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def pack(weight: Tensor) -> Tensor:
+def pack(weight: Tensor | Fp8Weight) -> Tensor | Fp8Weight:
+    return weight if isinstance(weight, Fp8Weight) else _packed(weight)
+
+
+def _packed(weight: Tensor) -> Tensor:
     if native.available(weight) and (panels := native.panels(weight)) is not None:
         return panels
     if not _PACKS or weight.dtype != torch.bfloat16:
@@ -40,8 +45,10 @@ def pack_heads(weight: Tensor) -> Tensor:
 
 
 def pack_experts(
-    gate_up: Tensor, down: Tensor, quantize: str | None = None
+    gate_up: Tensor | Fp8Weight, down: Tensor | Fp8Weight, quantize: str | None = None
 ) -> reference.Experts | native.PanelExperts:
+    if isinstance(gate_up, Fp8Weight) or isinstance(down, Fp8Weight):
+        return reference.pack_experts(gate_up, down, quantize)
     if native.available(gate_up):
         packed = native.pack_experts(gate_up, down, quantize)
         if packed is not None:
@@ -49,10 +56,12 @@ def pack_experts(
     plain = reference.pack_experts(gate_up, down, quantize)
     if not _PACKS or gate_up.dtype != torch.bfloat16:
         return plain
-    return reference.Experts(*([pack(weight) for weight in weights] for weights in plain))
+    return reference.Experts(*([_packed(weight) for weight in weights] for weights in plain))
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Fp8Weight) -> Tensor:
+    if isinstance(weight, Fp8Weight):
+        return reference.linear(x, weight)
     if weight.dim() == _PANELS:
         return native.linear(x, weight)
     if not weight.is_mkldnn:
@@ -98,6 +107,8 @@ def weighted_experts(
 ) -> Tensor:
     if isinstance(experts, native.PanelExperts):
         return native.weighted_experts(hidden, ids, weights, experts, first)
+    if isinstance(experts.gate_up, Fp8Weight) or isinstance(experts.down, Fp8Weight):
+        return reference.weighted_experts(hidden, ids, weights, experts, first)
     return reference.weighted_experts(
         hidden, ids, weights, experts, first, grouped_linear=_expert_by_expert
     )

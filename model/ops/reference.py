@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.quantize import fp8_rows, from_fp8_rows, from_int8, int8
+from model.quantize import Fp8Weight, fp8_rows, from_fp8, from_fp8_rows, from_int8, int8
 
-# Weights [out, in] of several experts, in one tensor or apart.
-Weights = Tensor | Sequence[Tensor]
+# Weights [out, in] of several experts: [experts, out, in] as floats of 8 bits or more, or apart.
+Weights = Tensor | Fp8Weight | Sequence[Tensor]
 
 
 class Experts(NamedTuple):
@@ -22,8 +22,13 @@ class Experts(NamedTuple):
     gate_up: Weights
     down: Weights
 
+    @property
+    def held(self) -> int:
+        """How many there are."""
+        return len(self.down.data if isinstance(self.down, Fp8Weight) else self.down)
 
-def pack(weight: Tensor) -> Tensor:
+
+def pack(weight: Tensor | Fp8Weight) -> Tensor | Fp8Weight:
     return weight
 
 
@@ -31,17 +36,21 @@ def pack_heads(weight: Tensor) -> Tensor:
     return weight
 
 
-def pack_experts(gate_up: Tensor, down: Tensor, quantize: str | None = None) -> Experts:
+def pack_experts(
+    gate_up: Tensor | Fp8Weight, down: Tensor | Fp8Weight, quantize: str | None = None
+) -> Experts:
     return Experts(as_quantized(gate_up, quantize), as_quantized(down, quantize))
 
 
-def as_quantized(weights: Tensor, quantize: str | None) -> Tensor:
+def as_quantized(weights: Tensor | Fp8Weight, quantize: str | None) -> Tensor | Fp8Weight:
     """Weights with the error of the quantization, in their own dtype."""
-    return weights if quantize is None else from_int8(*int8(weights), weights.dtype)
+    if quantize is None or isinstance(weights, Fp8Weight):
+        return weights
+    return from_int8(*int8(weights), weights.dtype)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(x, weight)
+def linear(x: Tensor, weight: Tensor | Fp8Weight) -> Tensor:
+    return F.linear(x, weight if isinstance(weight, Tensor) else from_fp8(weight, x.dtype))
 
 
 def linear_heads(x: Tensor, weight: Tensor) -> Tensor:
@@ -145,7 +154,8 @@ def _grouped_linear(x: Tensor, weights: Weights, ends: Tensor) -> Tensor:
 
     Rows past the last end come out as anything.
     """
-    assert isinstance(weights, Tensor)
+    assert isinstance(weights, Tensor | Fp8Weight)
+    weights = weights if isinstance(weights, Tensor) else from_fp8(weights, x.dtype)
     return F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
 
 
@@ -157,7 +167,7 @@ def weighted_experts(
     first: int,
     grouped_linear: Callable[[Tensor, Weights, Tensor], Tensor] = _grouped_linear,
 ) -> Tensor:
-    (gate_up, down), (rows, top_k), held = experts, ids.shape, len(experts.gate_up)
+    (gate_up, down), (rows, top_k), held = experts, ids.shape, experts.held
     if rows == 0:
         return torch.zeros_like(hidden)
     local = (ids - first).flatten()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from model import ops
 from model.cache import LatentCache
 from model.checkpoint import read_cell
 from model.config import CheckpointError, ModelConfig
@@ -195,6 +196,7 @@ def _build_worker(spec: RankSpec, fabrics: Fabrics, channel: BlockingChannel) ->
     config = ModelConfig.from_directory(directory)
     if spec.quantize is not None and spec.device != "cpu":
         raise CheckpointError(f"model.quantize {spec.quantize} is for CPUs: leave it out on GPUs")
+    ops.choose(spec.device, spec.kernels)
     layout, cell = Layout(config, spec.stages, spec.ranks), Cell(spec.stage, spec.rank)
     dtype, device = getattr(torch, spec.dtype), torch.device(spec.device)
     exchange: StageExchange | None = None
