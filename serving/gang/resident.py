@@ -177,7 +177,7 @@ class _Rendezvous:
         if spec.device == "cuda":
             from serving.gang.nccl import NcclFabric
 
-            return NcclFabric(offers[name], rank, size)
+            return NcclFabric(offers[name], rank, size, spec.step_timeout_s)
         hosts = {offers.get(_HOST + cell) for cell in cells}
         if name in offers and len(hosts) == 1 and None not in hosts:
             if name in self._meetings:
