@@ -133,14 +133,18 @@ class Attention(nn.Module):
         out = x.new_empty(len(x), self.heads, self.value_dim)
         if (decode := context.decode) is not None:
             mixed = ops.attend_pages(
-                self._absorbed(query[decode.rows]),
+                self._absorbed(query if decode.rows is None else query[decode.rows]),
                 cache,
                 decode.pages,
                 decode.lengths,
                 self.latent,
                 self.scale,
             )
-            out[decode.rows] = self.expansion.release(mixed)
+            released = self.expansion.release(mixed)
+            if decode.rows is None:
+                out = released
+            else:
+                out[decode.rows] = released
         for chunk in context.chunks:
             out[chunk.rows] = self._attend(query[chunk.rows], rows[chunk.rows], chunk, cache)
         return self.output(out.flatten(1))

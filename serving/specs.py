@@ -60,6 +60,7 @@ def rank_specs(settings: Settings, host: str, port: int, device: str) -> list[Ra
             quantize=settings.model.quantize,
             fabric=gang.fabric,
             cache_dtype=gang.cache_dtype,
+            kernels=gang.kernels,
         )
         for stage in range(gang.stages)
         for rank in range(gang.expert_parallel)

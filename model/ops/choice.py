@@ -68,18 +68,24 @@ def choose(device: str, kind: str, operations: Collection[str] = OPERATIONS) -> 
     packed by one kind cannot be read by another.
 
     Raises:
-        ValueError: there is no such kind or operation.
+        ValueError: there is no such kind or operation, or the kind cannot run on the device.
         ModuleNotFoundError: the kind needs a package that is not installed.
     """
     if unknown := set(operations) - set(OPERATIONS):
         raise ValueError(f"no operation is called {', '.join(sorted(unknown))}")
     if kind != "auto":
         modules_of(kind)
+    if kind == "triton" and device == "cpu" and not _interpreted():
+        raise ValueError("Triton runs on CPUs only with TRITON_INTERPRET=1, and slowly")
     for operation in operations:
         _forced.pop((device, operation), None)
         if kind != "auto":
             _forced[device, operation] = kind
     implementations.cache_clear()
+
+
+def _interpreted() -> bool:
+    return bool(importlib.import_module("triton").knobs.runtime.interpret)
 
 
 @cache

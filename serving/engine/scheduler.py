@@ -117,9 +117,10 @@ class Scheduler:
         if not any(plan.slices for plan in columns):
             return None
         rows = [sum(piece.count for piece in plan.slices) for plan in columns]
+        decode = rows == [len(plan.slices) for plan in columns]
         flights = []
         for column, plan in enumerate(columns):
-            plan.rows = rows
+            plan.rows, plan.decode = rows, decode
             plan.finished, self._forget[column] = self._forget[column], []
             for piece in plan.slices:
                 sequence = self._by_id[piece.id]
@@ -129,8 +130,13 @@ class Scheduler:
         return StepPlan(step, columns)
 
     def complete(self, result: StepResult) -> list[Output]:
-        """Takes a step's result in; returns what it gave each request."""
+        """Takes a step's result in; returns what it gave each request.
+
+        A sequence that any rank reports an error for has failed, whatever the others say, and
+        nobody will find its pages in the cache.
+        """
         outputs: list[Output] = []
+        failed = {sample.id for sample in result.samples if sample.error is not None}
         for score in result.scores:
             scored = self._by_id.get(score.id)
             if scored is not None:
@@ -139,12 +145,14 @@ class Scheduler:
             sequence.in_flight -= 1
             if epoch == sequence.epoch:
                 sequence.computed = end
+                if sequence.id in failed:
+                    continue
                 self._name_pages(sequence)
                 if not sequence.request.max_tokens and end == sequence.known:
                     self._end(sequence)
                     finish = FinishReason.LENGTH
                     outputs.append(Finish(sequence.request.id, finish, stats=sequence.stats))
-        for sample in result.samples:
+        for sample in sorted(result.samples, key=lambda sample: sample.error is None):
             taker = self._by_id.get(sample.id)
             if taker is not None:
                 outputs.append(self._take_sample(taker, sample))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from model import ops
 from model.cache import LatentCache
 from model.checkpoint import read_cell
 from model.config import CheckpointError, ModelConfig
@@ -176,7 +177,7 @@ class _Rendezvous:
         if spec.device == "cuda":
             from serving.gang.nccl import NcclFabric
 
-            return NcclFabric(offers[name], rank, size)
+            return NcclFabric(offers[name], rank, size, spec.step_timeout_s)
         hosts = {offers.get(_HOST + cell) for cell in cells}
         if name in offers and len(hosts) == 1 and None not in hosts:
             if name in self._meetings:
@@ -195,6 +196,7 @@ def _build_worker(spec: RankSpec, fabrics: Fabrics, channel: BlockingChannel) ->
     config = ModelConfig.from_directory(directory)
     if spec.quantize is not None and spec.device != "cpu":
         raise CheckpointError(f"model.quantize {spec.quantize} is for CPUs: leave it out on GPUs")
+    ops.choose(spec.device, spec.kernels)
     layout, cell = Layout(config, spec.stages, spec.ranks), Cell(spec.stage, spec.rank)
     dtype, device = getattr(torch, spec.dtype), torch.device(spec.device)
     exchange: StageExchange | None = None

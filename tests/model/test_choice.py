@@ -56,6 +56,12 @@ def test_unknown_names_are_refused(kind: str, operations: list[str]) -> None:
         choice.choose("cpu", kind, operations)
 
 
+def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_interpreted", lambda: False)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET"):
+        choice.choose("cpu", "triton")
+
+
 def test_without_triton_a_gpu_runs_the_reference_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,0 +1,58 @@
+"""Figures by name, and what they must reach."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+COPY = "copy bandwidth"
+MATMUL = "bf16 matmul"
+ONE_STREAM = "Lite bf16, one stream, 1K context"
+MANY_STREAMS = "Lite bf16, 256 streams, 1K context"
+PREFILL = "Lite bf16 prefill, 8K-token batch"
+EAGER = "Lite bf16, one stream, 1K context, without graphs"
+OURS_64 = "Lite bf16, 64 streams, prompts included"
+PEER_64 = "transformers, 64 streams, prompts included"
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One measured value."""
+
+    name: str
+    value: float
+    unit: str
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """A figure, or its ratio to another of the same run, that must be reached.
+
+    Attributes:
+        at_most: whether less is better, as for errors.
+    """
+
+    figure: str
+    bound: float
+    over: str | None = None
+    at_most: bool = False
+
+    def reached(self, figures: Mapping[str, Figure]) -> float | None:
+        """The value; None if something of it was not measured."""
+        measured = figures.get(self.figure)
+        if measured is None:
+            return None
+        if self.over is None:
+            return measured.value
+        other = figures.get(self.over)
+        return measured.value / other.value if other is not None and other.value else None
+
+    def met(self, value: float) -> bool:
+        return value <= self.bound if self.at_most else value >= self.bound
+
+
+GOALS = (
+    Goal(ONE_STREAM, 250.0),
+    Goal(MANY_STREAMS, 10_000.0),
+    Goal(PREFILL, 0.4, over=MATMUL),
+    Goal(ONE_STREAM, 3.0, over=EAGER),
+    Goal(OURS_64, 8.0, over=PEER_64),
+)
