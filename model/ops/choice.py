@@ -1,7 +1,7 @@
 """Which implementation of an operation runs on a device.
 
 Implementations come in *kinds*: "reference" is plain torch, "cpu" what CPUs do faster, "triton"
-our own kernels for GPUs, "library" what else torch's libraries offer there. A kind is a few
+our own kernels for GPUs, "library" these but for what torch's libraries do too. A kind is a few
 modules, and lacks some operations; for those the reference is taken. A device has kinds that it
 prefers; another one can be forced.
 """
@@ -40,20 +40,21 @@ OPERATIONS = (
 REFERENCE = "reference"
 
 # Of a kind's modules, the first that has an operation does it.
+_TRITON = (
+    "triton_attention",
+    "triton_latents",
+    "triton_cache",
+    "triton_linear",
+    "triton_experts",
+    "triton_rows",
+    "triton_gate",
+    "triton_sampling",
+)
 _MODULES = {
     REFERENCE: ("reference",),
     "cpu": ("cpu",),
-    "triton": (
-        "triton_attention",
-        "triton_latents",
-        "triton_cache",
-        "triton_linear",
-        "triton_experts",
-        "triton_rows",
-        "triton_gate",
-        "triton_sampling",
-    ),
-    "library": ("library",),
+    "triton": _TRITON,
+    "library": ("library", *_TRITON),
 }
 _PREFERRED = {"cpu": ("cpu",), "cuda": ("triton",)}
 

@@ -51,13 +51,20 @@ def pack_experts(gate_up: Weight, down: Weight, quantize: str | None = None) -> 
 def weighted_experts(
     hidden: Tensor, ids: Tensor, weights: Tensor, experts: Experts, first: int
 ) -> Tensor:
+    tiles = _tiles(ids.numel() / experts.held, hidden.dtype)
+    return with_tiles(tiles, hidden, ids, weights, experts, first)
+
+
+def with_tiles(
+    tiles: Tiles, hidden: Tensor, ids: Tensor, weights: Tensor, experts: Experts, first: int
+) -> Tensor:
+    """The same with given tiles, both of as many rows."""
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     if not len(hidden):
         return out
     hidden, ids, weights = hidden.contiguous(), ids.contiguous(), weights.contiguous()
     held, _, inner = data_of(experts.down).shape
     top_k = ids.shape[1]
-    tiles = _tiles(ids.numel() / held, hidden.dtype)
     plan = by_expert(ids, first, held, tiles.gated.rows)
     gated = hidden.new_empty(ids.numel(), inner)
     said = hidden.new_empty(ids.numel(), hidden.shape[1])

@@ -6,7 +6,6 @@ is that of whole numbers; a pass over the row tests three thresholds at once, so
 passes do. A row of 102,400 logits is 400 KB and stays in the second-level cache.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -91,7 +91,7 @@ def _write_blocks(blocks, total, most, size, WIDTH: tl.constexpr, AT_ONCE: tl.co
     begin = tl.cumsum(total, 0) - total  # where each expert's entries begin
     count = (total + size - 1) // size
     at = tl.cumsum(count, 0) - count  # where each expert's blocks begin
-    for i in range(0, tl.max(count, 0)):
+    for i in range(tl.max(count, 0)):
         some = i < count
         first = begin + i * size
         tl.store(blocks + at + i, expert, mask=some)

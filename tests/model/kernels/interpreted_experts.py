@@ -80,9 +80,7 @@ def test_rows_hear_the_experts_that_are_here(wishes: str, quantizer: str | None)
 
 
 @pytest.mark.parametrize("rows", [8, 20, 40])
-@pytest.mark.parametrize(
-    ("quantizer", "dtype"), [("tensor", torch.float32), (None, torch.float16)]
-)
+@pytest.mark.parametrize(("quantizer", "dtype"), [("tensor", torch.float32), (None, torch.float16)])
 def test_each_form_of_weights_and_each_tile(
     rows: int, quantizer: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
