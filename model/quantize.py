@@ -88,7 +88,7 @@ def fp8_row_bytes(latent: int, rope: int) -> int:
 
 def fp8_rows(rows: Tensor, row_bytes: int) -> Tensor:
     """Cache rows [..., latent + rope] as bytes [..., row_bytes] uint8."""
-    latent = _latent(rows.shape[-1], row_bytes)
+    latent = fp8_latent(rows.shape[-1], row_bytes)
     groups = rows[..., :latent].unflatten(-1, (-1, BLOCK)).float()
     scale = _scale(groups.abs().amax(-1))  # [..., latent / 128]
     parts = (
@@ -101,7 +101,7 @@ def fp8_rows(rows: Tensor, row_bytes: int) -> Tensor:
 
 def from_fp8_rows(stored: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """The rows [..., width] that bytes [..., row_bytes] stand for."""
-    latent = _latent(width, stored.shape[-1])
+    latent = fp8_latent(width, stored.shape[-1])
     sizes = (latent, 4 * (latent // BLOCK), 2 * (width - latent))
     data, scale, rope = (part.contiguous() for part in stored.split(sizes, dim=-1))
     groups = data.view(FP8).float().unflatten(-1, (-1, BLOCK))
@@ -109,8 +109,11 @@ def from_fp8_rows(stored: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     return torch.cat((values.flatten(-2).to(dtype), rope.view(torch.bfloat16).to(dtype)), dim=-1)
 
 
-def _latent(width: int, row_bytes: int) -> int:
-    """Solves latent + rope = width and latent + 4 latent / 128 + 2 rope = row_bytes."""
+def fp8_latent(width: int, row_bytes: int) -> int:
+    """How many of a row's `width` elements are the latent, from how many bytes it takes.
+
+    Solves latent + rope = width and latent + 4 latent / 128 + 2 rope = row_bytes.
+    """
     return (2 * width - row_bytes) * 32 // 31
 
 

@@ -94,6 +94,7 @@ def rank_specs(settings: Settings, host: str, port: int, device: str) -> list[Ra
             sequences=settings.engine.max_sequences,
             longest=_longest(settings, config),
             graphs=gpus and gang.graphs == "auto",
+            kernels=gang.kernels,
         )
         for stage in range(gang.stages)
         for rank in range(gang.expert_parallel)

@@ -30,6 +30,8 @@ class Part:
 
 PARTS = (
     Part("roofline", 40),
+    Part("experts", 45),
+    Part("sampling", 15),
     Part("lite", 150),
     Part("peer", 90),
     Part("tests of the device", 90, ("tests/gpu",)),

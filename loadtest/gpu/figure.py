@@ -10,6 +10,9 @@ MANY_STREAMS = "Lite bf16, 256 streams, 1K context"
 PREFILL = "Lite bf16 prefill, 8K-token batch"
 EAGER = "Lite bf16, one stream, 1K context, without graphs"
 OURS_64 = "Lite bf16, 64 streams, prompts included"
+EXPERTS_DECODE = "experts, 236B layer, decode batch 128"
+EXPERTS_PREFILL = "experts, 236B layer, prefill of 8K tokens"
+EXPERTS_ERROR = "experts, bf16, error against fp64"
 PEER_64 = "transformers, 64 streams, prompts included"
 
 
@@ -50,6 +53,9 @@ class Goal:
 
 
 GOALS = (
+    Goal(EXPERTS_DECODE, 0.7, over=COPY),
+    Goal(EXPERTS_PREFILL, 0.5, over=MATMUL),
+    Goal(EXPERTS_ERROR, 1e-2, at_most=True),
     Goal(ONE_STREAM, 250.0),
     Goal(MANY_STREAMS, 10_000.0),
     Goal(PREFILL, 0.4, over=MATMUL),

@@ -1,33 +1,23 @@
 """Every hot operation of the network under one signature, whatever the device.
 
-`reference` is plain torch, runs everywhere and is the truth. A device's own module holds what
-it does faster; an operation that it lacks falls back to the reference. Which implementation
-runs is decided by the device of the first tensor.
+`reference` is plain torch, runs everywhere and is the truth. Which implementation runs is
+decided once for each device (`model.ops.choice`), and the device is that of the first tensor.
 """
 
-from collections.abc import Callable
-from functools import cache
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
-from model.ops import cpu, reference
+from model.ops.choice import choose as choose
+from model.ops.choice import implementations
 from model.quantize import Fp8Weight
 
 # Routed experts in the form that a device computes with, which is its own affair.
 Experts = Any
 
-_KERNELS: dict[str, ModuleType] = {"cpu": cpu}
-
-
-@cache
-def _implementation(name: str, device: str) -> Callable[..., Any]:
-    return getattr(_KERNELS.get(device), name, None) or getattr(reference, name)
-
 
 def _run(name: str, first: Tensor | Fp8Weight, *rest: Any) -> Any:
-    return _implementation(name, first.device.type)(first, *rest)
+    return implementations(first.device.type)[name](first, *rest)
 
 
 def pack(weight: Tensor | Fp8Weight) -> Tensor | Fp8Weight:
@@ -69,6 +59,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Computed in fp32 and cast to x's dtype before the weight is applied.
     """
     return _run("rms_norm", x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + delta [..., D], rounded to x's dtype, and `rms_norm` of that."""
+    return _run("add_rms_norm", x, delta, weight, eps)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -194,3 +189,22 @@ def weighted_experts(
         [N, H] in hidden's dtype, summed in fp32.
     """
     return _run("weighted_experts", hidden, ids, weights, experts, first)
+
+
+def draw(logits: Tensor, keys: Tensor, limits: Tensor) -> Tensor:
+    """One token for each row, of those that its limits keep, as often as the softmax says.
+
+    Top-k comes first; top-p keeps the fewest of the likeliest that hold its share of what top-k
+    left; min-p keeps what is at least so likely relative to the likeliest. One is always kept.
+
+    Args:
+        logits: [R, V] fp32, not changed; -inf where a token is forbidden. A row with NaN, +inf
+            or nothing but -inf gets any token.
+        keys: [R] int64, from `draw_key`: of a row with the same key the draw is the same.
+        limits: [R, 4] fp64: temperature (0: the likeliest token, no draw), top-k (0: all),
+            top-p (1: all) and min-p (0: all).
+
+    Returns:
+        Token ids [R] int64.
+    """
+    return _run("draw", logits, keys, limits)

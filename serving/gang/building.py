@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from model import ops
 from model.cache import PAGE_TOKENS, LatentCache
 from model.checkpoint import read_cell
 from model.config import CheckpointError, ModelConfig
@@ -96,6 +97,7 @@ def _loaded(
 ) -> Stage:
     if spec.quantize is not None and spec.device != "cpu":
         raise CheckpointError(f"model.quantize {spec.quantize} is for CPUs: leave it out on GPUs")
+    ops.choose(spec.device, spec.kernels)
     layout, cell = Layout(config, spec.stages, spec.ranks), Cell(spec.stage, spec.rank)
     dtype, device = getattr(torch, spec.dtype), torch.device(spec.device)
     exchanged = exchange or LocalExchange()
