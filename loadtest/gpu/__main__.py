@@ -30,6 +30,7 @@ class Part:
 
 PARTS = (
     Part("roofline", 40),
+    Part("attention", 60),
     Part("lite", 150),
     Part("peer", 90),
     Part("tests of the device", 90, ("tests/gpu",)),
