@@ -31,7 +31,9 @@ from serving.gang.memory import (
 from serving.gang.messages import LoadProgress, RankSpec
 from serving.gang.trace import StepTrace
 from serving.gang.worker import Worker
+from serving.telemetry.logs import get_logger
 
+log = get_logger("rank")
 _PROGRESS_S = 0.25
 
 
@@ -70,6 +72,7 @@ def build_worker(
         steps = measure_steps(config, stage, exchange, memory, spec.step_tokens, spec.sequences)
         if spec.measure:
             room = pages_that_fit(config, layers, cache_dtype, memory, spec.memory_fraction, steps)
+            log.event("INFO", "rank.measured", cell=spec.cell, pages=room, step_bytes=steps.most)
             pages = agree(min(room, pages or room))
     cache = LatentCache(config, layers, pages, cache_dtype, torch.device(spec.device))
     graphs = None
@@ -79,8 +82,10 @@ def build_worker(
             bucket_sizes(spec.sequences),
         )
         graphs = decode_graphs(config, stage, cache, exchange, buckets, longest, capture)
-        if graphs is not None and spec.measure:
-            graphs.record()  # all ranks are here; later, each bucket when it is first needed
+        if graphs is None:
+            log.event("INFO", "rank.no_graphs", cell=spec.cell, exchange=spec.exchange)
+        elif spec.measure:  # all ranks are here; later, each bucket when it is first needed
+            graphs.record()
     worker = Worker(
         Cell(spec.stage, spec.rank), stage, cache, column, exchange, config.hidden_size,
         _grammars(spec, config, stage), StepTrace(stage) if spec.trace else None, graphs,
