@@ -149,6 +149,7 @@ def measure(device: torch.device, tiny: bool) -> Iterator[Figure]:
     worker = engine.worker((1, scale.peer_streams, scale.streams), capture)
     yield Figure("Lite bf16, three graphs recorded", time.perf_counter() - started, "s")
     yield from _decode(engine, worker)
+    del worker  # it holds the cache, whose room is asked for now
     if device.type == "cuda":
         yield _pages(engine)
 

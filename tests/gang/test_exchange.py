@@ -28,12 +28,13 @@ def test_logits_equal_those_of_transformers(
     check_schedules(model, gang, SCHEDULES)
 
 
-def experts_of(config: ModelConfig, held: range) -> LocalExperts:
+def experts_of(config: ModelConfig, held: range, device: str = "cpu") -> LocalExperts:
     """Experts whose weights depend only on their id."""
-    experts = LocalExperts(config, held, WeightFormat(torch.float32))
+    with torch.device(device):
+        experts = LocalExperts(config, held, WeightFormat(torch.float32))
     for name, place in experts.slots("experts"):
         numbers = torch.Generator().manual_seed(crc32(name.encode()))
-        place.put(torch.empty(place.shape).normal_(std=0.1, generator=numbers))
+        place.put(torch.empty(place.shape, device="cpu").normal_(std=0.1, generator=numbers))
     experts.pack()
     return experts
 

@@ -31,8 +31,8 @@ def test_the_exchange_goes_into_a_graph() -> None:
     fabric = nccl_group(1)[0]
     exchange = GatherExchange(fabric, config.n_routed_experts)
     exchange.begin([4])
+    experts = experts_of(config, range(config.n_routed_experts), "cuda")
     with torch.device(CUDA), torch.inference_mode():
-        experts = experts_of(config, range(config.n_routed_experts)).to(CUDA)
         hidden = torch.randn(4, config.hidden_size)
         ids = torch.stack([torch.randperm(config.n_routed_experts)[:4] for _ in range(4)])
         weights = torch.rand(4, 4)
