@@ -142,7 +142,9 @@ class Simulation:
     def drain(self) -> None:
         """Runs with a full pipeline until nothing is left; fails if that takes forever."""
         positions = sum(len(r.prompt) + r.max_tokens for r in self.requests.values())
-        bound = len(self.gang.plans) + (2 + self.kills) * self.scheduler.limits.stages * (positions + 1)
+        bound = len(self.gang.plans) + (2 + self.kills) * self.scheduler.limits.stages * (
+            positions + 1
+        )
         while True:
             while self.launch():
                 pass

@@ -134,7 +134,9 @@ def plan(step: int) -> StepPlan:
 async def test_all_ranks_get_everybodys_offers_and_then_the_plans() -> None:
     launcher = TaskLauncher()
     async with started(launcher) as gang:
-        assert [form.offers for form in launcher.formed] == [{"stage0": b"\0\0", "stage1": b"\1\0"}] * 2
+        assert [form.offers for form in launcher.formed] == [
+            {"stage0": b"\0\0", "stage1": b"\1\0"}
+        ] * 2
         assert gang.metrics_addresses == ["metrics0", "metrics1"]
         gang.submit(plan(1))
         await until(lambda: len(launcher.plans) == 2)
