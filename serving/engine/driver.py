@@ -18,7 +18,7 @@ from serving.config import Settings
 from serving.engine.loop import EngineLoop, GangFailure
 from serving.engine.request import RequestError
 from serving.engine.scheduler import Scheduler
-from serving.fleet import BEAT_S, EngineHello, EngineLoading, EngineReport, GenerateCall
+from serving.fleet import BEAT_S, Condition, EngineHello, EngineLoading, EngineReport, GenerateCall
 from serving.gang.gang import Gang
 from serving.gang.placement import RayLauncher
 from serving.node import node_address
@@ -61,7 +61,12 @@ class Engine:
         self._scheduler = Scheduler(engine_limits(settings, self._gang.pages))
         observer = StepObserver(EngineMetrics(registry), self._scheduler)
         self._loop = EngineLoop(
-            self._scheduler, self._gang, self._streams.emit, time.monotonic, observer
+            self._scheduler,
+            self._gang,
+            self._streams.emit,
+            time.monotonic,
+            observer,
+            self._repairing,
         )
         self._running = asyncio.create_task(self._run(), name="engine-loop")
         await self._join_fleet(await self._streams.start(self._host))
@@ -89,9 +94,16 @@ class Engine:
         return None
 
     def check_health(self) -> None:
-        """Fails once the step loop has ended: nothing can be generated here any more."""
+        """Fails once nothing can be generated here any more.
+
+        That is judged by the steps and not by whether anybody answers: the loop has ended, or
+        nothing has come of what there is to do for longer than a step and a repair may take.
+        """
         if self._running.done():
             raise RuntimeError("the step loop has ended")
+        stalled_s, gang = self._loop.stalled_s, self._settings.gang
+        if stalled_s > gang.step_timeout_s + gang.repair_timeout_s:
+            raise RuntimeError(f"no step has finished for {stalled_s:.0f} s")
 
     async def __del__(self) -> None:
         self._reporting.cancel()
@@ -121,6 +133,19 @@ class Engine:
         self._hello = EngineLoading(self._id, done, total)
         self._link.tell(self._hello)
 
+    def _repairing(self, begins: bool) -> None:
+        """A repair begins or has ended. A drain that began before or meanwhile goes on."""
+        if begins and self._streams.condition is Condition.SERVING:
+            self._streams.condition = Condition.REPAIRING
+        elif not begins and self._streams.condition is Condition.REPAIRING:
+            self._streams.condition = Condition.SERVING
+        if not begins and isinstance(self._hello, EngineHello):
+            self._hello.metrics_addresses = self._metrics_addresses()
+            self._link.tell(self._hello)
+
+    def _metrics_addresses(self) -> list[str]:
+        return [self._exporter.address, *self._gang.metrics_addresses]
+
     async def _join_fleet(self, port: int) -> None:
         limits = self._scheduler.limits
         self._hello = EngineHello(
@@ -130,7 +155,7 @@ class Engine:
             model=self._settings.model.served_name,
             total_tokens=limits.cache_tokens,
             max_request_tokens=limits.max_request_tokens,
-            metrics_addresses=[self._exporter.address, *self._gang.metrics_addresses],
+            metrics_addresses=self._metrics_addresses(),
         )
         self._link.tell(self._hello)
 

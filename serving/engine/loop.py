@@ -94,6 +94,7 @@ class EngineLoop:
     Args:
         emit: takes all that one step gave, at once.
         clock: monotonic seconds.
+        repairing: called when a repair begins (with True), and when the gang is whole again.
     """
 
     def __init__(
@@ -103,12 +104,14 @@ class EngineLoop:
         emit: Emit,
         clock: Callable[[], float],
         observer: EngineObserver | None = None,
+        repairing: Callable[[bool], None] = lambda begins: None,
     ) -> None:
         self._scheduler = scheduler
         self._gang = gang
         self._emit = emit
         self._clock = clock
         self._observer = observer
+        self._tell_repairing = repairing
         self._news = asyncio.Event()
         self._in_flight: deque[tuple[StepPlan, float, float]] = deque()
         self._requests: set[str] = set()
@@ -182,12 +185,14 @@ class EngineLoop:
     async def _repair(self) -> None:
         """Plans nothing until the gang is whole; requests may come and go meanwhile."""
         started = self._progressed = self._clock()
-        self._repairing = True
         self._in_flight.clear()
+        self._repairing = True
+        self._tell_repairing(True)
         repair = await self._gang.repair()
         sequences = self._scheduler.restart(repair.empty_columns)
-        self._repairing = False
         self._progressed = self._clock()
+        self._repairing = False
+        self._tell_repairing(False)
         if self._observer is not None:
             self._observer.gang_repaired(repair, self._progressed - started, sequences)
 

@@ -27,9 +27,9 @@ class ProcessLauncher:
         self._ended: asyncio.Queue[tuple[Cell, Process]] = asyncio.Queue()
 
     @property
-    def pids(self) -> list[int]:
-        """Of the ranks, stage by stage."""
-        return [self._processes[cell].pid for cell in sorted(self._processes)]
+    def pids(self) -> dict[Cell, int]:
+        """Of each rank's process."""
+        return {cell: process.pid for cell, process in self._processes.items()}
 
     async def launch(self, specs: list[RankSpec], secret: bytes) -> None:
         for spec in specs:
