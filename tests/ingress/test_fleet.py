@@ -19,7 +19,7 @@ from serving.fleet import (
     TokenFrame,
 )
 from serving.ingress.fleet import FleetClient
-from serving.ingress.inbox import Inbox
+from serving.ingress.inbox import EngineLost, Inbox
 from serving.router.link import RouterLink
 from serving.wire import Channel, ChannelServer
 from tests.router.local import HOST, SECRET, LocalRouter, RouterHandle, new_router
