@@ -24,7 +24,6 @@ from serving.gang.grammars import Grammars
 from serving.gang.memory import (
     CudaMemory,
     DeviceMemory,
-    StepMemory,
     measure_steps,
     pages_that_fit,
 )
@@ -66,10 +65,11 @@ def build_worker(
     stage = _loaded(spec, config, exchange, tell)
     layers, dtype = len(stage.layers), getattr(torch, spec.dtype)
     cache_dtype = FP8 if spec.cache_dtype == "fp8" else dtype
-    steps, pages = None, spec.pages
+    pages, reserve = spec.pages, None
     if spec.device != "cpu" or spec.measure:
         memory = memory or CudaMemory()
         steps = measure_steps(config, stage, exchange, memory, spec.step_tokens, spec.sequences)
+        reserve = partial(steps.reserve, memory=memory, device=torch.device(spec.device))
         if spec.measure:
             room = pages_that_fit(config, layers, cache_dtype, memory, spec.memory_fraction, steps)
             log.event("INFO", "rank.measured", cell=spec.cell, pages=room, step_bytes=steps.most)
@@ -89,7 +89,7 @@ def build_worker(
     worker = Worker(
         Cell(spec.stage, spec.rank), stage, cache, column, exchange, config.hidden_size,
         _grammars(spec, config, stage), StepTrace(stage) if spec.trace else None, graphs,
-        _reserve(spec, steps),
+        reserve,
     )  # fmt: skip
     return worker, cache.rows.nbytes
 
@@ -126,7 +126,3 @@ def _grammars(spec: RankSpec, config: ModelConfig, stage: Stage) -> Grammars | N
     if stage.head is None:
         return None
     return Grammars(lambda: Tokenizer.from_directory(Path(spec.model_directory), config))
-
-
-def _reserve(spec: RankSpec, steps: StepMemory | None) -> Callable[[int], None] | None:
-    return None if steps is None else partial(steps.reserve, device=torch.device(spec.device))

@@ -25,7 +25,11 @@ class DeviceMemory(Protocol):
     def total(self) -> int: ...
 
     def free(self) -> int:
-        """What could still be allocated."""
+        """What could still be allocated, after giving back what is only kept for later."""
+        ...
+
+    def available(self) -> int:
+        """What is not in use, kept for later or not; tells at once."""
         ...
 
     def peak(self, call: Callable[[], None]) -> int:
@@ -42,6 +46,10 @@ class CudaMemory:
     def free(self) -> int:
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info()[0])
+
+    def available(self) -> int:
+        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return int(torch.cuda.mem_get_info()[0]) + kept
 
     def peak(self, call: Callable[[], None]) -> int:
         torch.cuda.synchronize()
@@ -65,13 +73,15 @@ class StepMemory:
         counted = min(1 << max(rows - 1, 0).bit_length(), self.rows)
         return self.least + max(self.most - self.least, 0) * counted // self.rows
 
-    def reserve(self, rows: int, device: torch.device) -> None:
-        """Makes sure that the allocator has what so many rows take, in one piece.
+    def reserve(self, rows: int, memory: DeviceMemory, device: torch.device) -> None:
+        """Makes sure that there is what so many rows take; in one piece, where it is close.
 
         Raises:
-            torch.OutOfMemoryError: it has not, and the device neither.
+            torch.OutOfMemoryError: there is not.
         """
-        torch.empty(self.needed(rows), dtype=torch.uint8, device=device)
+        needed = self.needed(rows)
+        if memory.available() < 2 * needed:
+            torch.empty(needed, dtype=torch.uint8, device=device)
 
 
 def measure_steps(

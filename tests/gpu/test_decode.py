@@ -62,6 +62,6 @@ def test_pages_are_measured_and_can_be_allocated() -> None:
     cache = torch.empty(5, pages, 64, model.config.latent_dim, dtype=torch.bfloat16, device=CUDA)
     assert memory.free() < 0.55 * memory.total()
     del cache
-    steps.reserve(512, CUDA)
+    steps.reserve(512, memory, CUDA)
     with pytest.raises(torch.OutOfMemoryError):
-        StepMemory(0, 2**50, 1).reserve(1, CUDA)
+        StepMemory(0, 2**50, 1).reserve(1, memory, CUDA)
