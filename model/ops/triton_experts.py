@@ -63,13 +63,16 @@ def with_tiles(
     if not len(hidden):
         return out
     hidden, ids, weights = hidden.contiguous(), ids.contiguous(), weights.contiguous()
-    held, _, inner = data_of(experts.down).shape
+    gate_up, down = experts
+    assert isinstance(gate_up, Weight)
+    assert isinstance(down, Weight)
+    held, _, inner = data_of(down).shape
     top_k = ids.shape[1]
     plan = by_expert(ids, first, held, tiles.gated.rows)
     gated = hidden.new_empty(ids.numel(), inner)
     said = hidden.new_empty(ids.numel(), hidden.shape[1])
-    _product(_gated_product, hidden, experts.gate_up, gated, plan, top_k, tiles.gated)
-    _product(_down_product, gated, experts.down, said, plan, top_k, tiles.down)
+    _product(_gated_product, hidden, gate_up, gated, plan, top_k, tiles.gated)
+    _product(_down_product, gated, down, said, plan, top_k, tiles.down)
     grid = (len(hidden), triton.cdiv(hidden.shape[1], _SUMMED_AT_ONCE))
     _sum[grid](said, ids, weights, out, first, held, hidden.shape[1], top_k, _SUMMED_AT_ONCE)
     return out
