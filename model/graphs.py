@@ -97,6 +97,8 @@ class DecodeGraphs:
         device: of the stage.
         capture: how a call is recorded.
         begin: is told the bucket before its graphs are recorded.
+
+    A bucket is recorded when it is first run, at all widths, unless `record` came first.
     """
 
     @torch.inference_mode()
@@ -123,11 +125,18 @@ class DecodeGraphs:
         self._rows = torch.arange(most, device=device)
         self._hidden = None if inputs is None else _buffer(most, inputs, device)
         self._out = _buffer(most, outputs, device)
-        self._graphs: dict[tuple[int, int], _Recorded] = {}
+        self._capture, self._begin = capture, begin
+        self._graphs: dict[int, dict[int, _Recorded]] = {}  # by bucket and width
+
+    @torch.inference_mode()
+    def record(self) -> None:
+        """Records all buckets, the largest first."""
         for bucket in reversed(self._buckets):
-            begin(bucket)
-            for width in reversed(self._widths):
-                self._graphs[bucket, width] = self._record(bucket, width, capture)
+            self._of(bucket)
+
+    def forget(self) -> None:
+        """Throws the graphs away: what was recorded is not to be done any more."""
+        self._graphs.clear()
 
     def bucket(self, rows: int) -> int | None:
         """The size of graph for a step in which no rank has more rows; None if none is."""
@@ -150,7 +159,7 @@ class DecodeGraphs:
         order = sorted(range(count), key=lambda place: spans[place].start, reverse=True)
         ordered = [spans[place] for place in order]
         widest = max((_pages_seen(span) for span in spans), default=1)
-        recorded = self._graphs[bucket, next(w for w in self._widths if w >= widest)]
+        recorded = self._of(bucket)[next(w for w in self._widths if w >= widest)]
         numbers = _numbers(bucket, ordered, order)
         if not isinstance(inputs, Tensor):
             numbers[_IDS, :count] = [inputs[place] for place in order]
@@ -169,7 +178,14 @@ class DecodeGraphs:
     def _wanted(self, spans: Sequence[Span]) -> list[int]:
         return [place for place, span in enumerate(spans) if span.logits or not self._selects]
 
-    def _record(self, bucket: int, width: int, capture: Capture) -> _Recorded:
+    def _of(self, bucket: int) -> dict[int, _Recorded]:
+        if bucket not in self._graphs:
+            self._begin(bucket)
+            widths = reversed(self._widths)
+            self._graphs[bucket] = {width: self._record(bucket, width) for width in widths}
+        return self._graphs[bucket]
+
+    def _record(self, bucket: int, width: int) -> _Recorded:
         numbers = self._numbers[: _NUMBERS * bucket].view(_NUMBERS, bucket)
         pages = self._pages[: bucket * width].view(bucket, width)
         numbers.zero_()
@@ -187,7 +203,7 @@ class DecodeGraphs:
         def step() -> None:
             out.copy_(self._forward(inputs, context))
 
-        return _Recorded(capture(step), numbers, pages)
+        return _Recorded(self._capture(step), numbers, pages)
 
     def _sent(self, numbers: np.ndarray) -> Tensor:
         """In memory that a device can copy from while the host goes on."""

@@ -30,6 +30,7 @@ class Part:
 
 PARTS = (
     Part("roofline", 40),
+    Part("attention", 60),
     Part("experts", 45),
     Part("sampling", 15),
     Part("lite", 150),

@@ -10,6 +10,9 @@ MANY_STREAMS = "Lite bf16, 256 streams, 1K context"
 PREFILL = "Lite bf16 prefill, 8K-token batch"
 EAGER = "Lite bf16, one stream, 1K context, without graphs"
 OURS_64 = "Lite bf16, 64 streams, prompts included"
+ATTEND_128 = "MLA decode, 128 heads, batch 64, 8K context"
+ATTEND_16 = "MLA decode, 16 heads, batch 64, 8K context"
+ATTEND_ERROR = "MLA decode, bf16, error against fp64"
 EXPERTS_DECODE = "experts, 236B layer, decode batch 128"
 EXPERTS_PREFILL = "experts, 236B layer, prefill of 8K tokens"
 EXPERTS_ERROR = "experts, bf16, error against fp64"
@@ -53,6 +56,10 @@ class Goal:
 
 
 GOALS = (
+    # With 128 heads products are the tighter limit, with 16 the reading of the cache.
+    Goal(ATTEND_128, 0.5, over=MATMUL),
+    Goal(ATTEND_16, 0.7, over=COPY),
+    Goal(ATTEND_ERROR, 1e-2, at_most=True),
     Goal(EXPERTS_DECODE, 0.7, over=COPY),
     Goal(EXPERTS_PREFILL, 0.5, over=MATMUL),
     Goal(EXPERTS_ERROR, 1e-2, at_most=True),

@@ -96,6 +96,8 @@ class LiteEngine:
             graphs = decode_graphs(
                 self.config, self.stage, self.cache, None, buckets, self.scale.longest, capture
             )
+            assert graphs is not None, "without an exchange everything can be recorded"
+            graphs.record()
         hidden = self.config.hidden_size
         return Worker(_CELL, self.stage, self.cache, None, None, hidden, graphs=graphs)
 

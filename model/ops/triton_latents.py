@@ -87,7 +87,7 @@ def attend_pages(
     if not _fits(query, value_dim):
         return reference.attend_pages(query, cache, pages, lengths, value_dim, scale)
     parts = parts_of(cache, value_dim)
-    return _attend(query, parts, value_dim, scale, pages=pages.contiguous(), lengths=lengths)[0]
+    return attend_parts(query, parts, value_dim, scale, pages.contiguous(), lengths)[0]
 
 
 def attend_latents(
@@ -96,7 +96,7 @@ def attend_latents(
     if not _fits(query, value_dim):
         return reference.attend_latents(query, latents, value_dim, scale)
     parts = parts_of(latents[None], value_dim)
-    out, lse = _attend(query.flatten(0, 1)[None], parts, value_dim, scale)
+    out, lse = attend_parts(query.flatten(0, 1)[None], parts, value_dim, scale)
     return out.view(*query.shape[:2], value_dim), lse.view(query.shape[:2])
 
 
@@ -104,7 +104,7 @@ def _fits(query: Tensor, value_dim: int) -> bool:
     return powers_of_two(value_dim, query.shape[-1] - value_dim, least=MATRIX_SIDE)
 
 
-def _attend(
+def attend_parts(
     query: Tensor,
     parts: Parts,
     value_dim: int,
@@ -112,13 +112,15 @@ def _attend(
     pages: Tensor | None = None,
     lengths: Tensor | None = None,
     splits: int | None = None,
+    tile: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Outputs [B, heads, value_dim] and log-sum-exps [B, heads] of queries [B, heads, latent].
 
-    Without pages, B is 1 and the latents are one sequence's, all of which is seen.
+    Without pages, B is 1 and the latents are one sequence's, all of which is seen. How many
+    splits and which tile is decided here unless somebody measures others.
     """
     batch, heads, latent = query.shape
-    tile = tiles(heads, query.element_size(), parts.scales is not None)
+    tile = tile or tiles(heads, query.element_size(), parts.scales is not None)
     paged = pages is not None
     longest = pages.shape[1] * PAGE_TOKENS if pages is not None else parts.latents.shape[1]
     blocks = triton.cdiv(heads, tile.heads)

@@ -20,7 +20,7 @@ def decode_graphs(
     longest: int,
     capture: Capture | None = None,
 ) -> DecodeGraphs | None:
-    """Records a rank's graphs; every rank of a stage does so together.
+    """A rank's graphs, to be recorded; every rank of a stage does that together.
 
     Args:
         buckets: rows of the graphs, in ascending order.
@@ -29,9 +29,6 @@ def decode_graphs(
 
     Returns:
         None if the exchange's shapes depend on the routing, so that nothing can be recorded.
-
-    Raises:
-        FabricError: a peer is gone.
     """
     if exchange is not None and not exchange.static:
         return None

@@ -38,6 +38,10 @@ class StageExchange(ExpertExchange):
         self.bytes_sent = 0
         self.trace: Callable[[str, float, float], None] | None = None
 
+    def join(self, fabric: Fabric) -> None:
+        """Goes on with another group of the same ranks."""
+        self._fabric = fabric
+
     def begin(self, rows: Sequence[int]) -> None:
         """Starts a step: how many rows each rank brings at most; resets the account."""
         self._rows = rows

@@ -22,9 +22,13 @@ _POLL_S = 1.0
 
 def new_unique_id() -> bytes:
     """What the members of one group must share to find each other; made once per group."""
+    return bytes(value & 0xFF for value in _cupy_nccl().get_unique_id())
+
+
+def _cupy_nccl() -> Any:
     from cupy.cuda import nccl
 
-    return bytes(value & 0xFF for value in nccl.get_unique_id())
+    return nccl
 
 
 @dataclass(slots=True)
@@ -72,12 +76,9 @@ class NcclFabric:
         Raises:
             FabricError: the group did not form.
         """
-        if nccl is None:
-            from cupy.cuda import nccl
-
         self.rank = rank
         self.size = size
-        self._nccl = nccl
+        self._nccl = nccl = nccl or _cupy_nccl()
         self._cuda = cuda
         self._timeout_s = timeout_s
         signed = tuple(byte - 256 if byte > 127 else byte for byte in unique_id)

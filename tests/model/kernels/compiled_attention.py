@@ -30,7 +30,7 @@ def test_attention_over_pages(
     query = torch.zeros(2, heads, VALUE + ROPE, dtype=BF16)
     pages, lengths = torch.zeros(2, 8, dtype=torch.int64), torch.ones(2, dtype=torch.int64)
     parts = triton_cache.parts_of(cache, VALUE)
-    triton_latents._attend(query, parts, VALUE, 0.1, pages, lengths, splits=4)
+    triton_latents.attend_parts(query, parts, VALUE, 0.1, pages, lengths, splits=4)
     split, merge = compiled
     assert product in split.asm["ptx"]
     assert "cp.async" in split.asm["ptx"]

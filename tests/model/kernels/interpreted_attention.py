@@ -5,16 +5,12 @@ import torch
 from torch import Tensor
 
 from model.ops import reference, triton_attention
+from tests.model.kernels import exact
+from tests.model.kernels.exact import error
 
 SCALE = 0.3
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3}
 DTYPES = list(TOLERANCES)
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    """The largest error, as a share of the largest magnitude."""
-    assert found.shape == expected.shape
-    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
 def chunk(queries: int, keys: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -41,7 +37,7 @@ def chunk(queries: int, keys: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, 
 )
 def test_a_chunk_is_attended_to(queries: int, keys: int, causal: bool, dtype: torch.dtype) -> None:
     inputs = chunk(queries, keys, dtype)
-    expected = reference.attend(*(each.double() for each in inputs), SCALE, causal)
+    expected = exact.attend(*inputs, SCALE, causal)
     out, lse = triton_attention.attend(*inputs, SCALE, causal)
     assert out.dtype == dtype
     assert lse.dtype == torch.float32
@@ -76,7 +72,7 @@ def test_two_attentions_merge_into_one_whatever_their_strides(dtype: torch.dtype
     (out, lse), (other, other_lse) = halves
     other = other.transpose(0, 1).contiguous().transpose(0, 1)  # as products by head leave it
     merged, total = triton_attention.merge(out, lse, other, other_lse)
-    expected = reference.attend(*(each.double() for each in inputs), SCALE, False)
+    expected = exact.attend(*inputs, SCALE, False)
     assert merged.dtype == dtype
     assert error(merged, expected[0]) <= TOLERANCES[dtype]
     assert error(total, expected[1]) <= TOLERANCES[dtype]

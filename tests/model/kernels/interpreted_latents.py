@@ -10,18 +10,14 @@ from model.cache import PAGE_TOKENS
 from model.ops import reference, triton_latents
 from model.ops.triton_cache import parts_of, write_rows
 from model.quantize import fp8_row_bytes
+from tests.model.kernels import exact
+from tests.model.kernels.exact import error
 
 VALUE, ROPE, SCALE = 32, 16, 0.3
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3}
 DTYPES = list(TOLERANCES)
 PAGES = [[3, 1, 7], [2, 5, 0], [8, 9, 0], [4, 0, 0], [6, 0, 0], [0, 0, 0]]
 LENGTHS = [150, 128, 65, 64, 3, 1]  # the last is padding, on the dummy page
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    """The largest error, as a share of the largest magnitude."""
-    assert found.shape == expected.shape
-    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
 def poisoned(cache: Tensor, pages: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -46,7 +42,7 @@ def test_pages_are_attended_to_whatever_the_splits(
     heads: int, slots: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     query, cache, pages, lengths = case(heads, dtype)
-    expected = reference.attend_pages(query.double(), cache, pages, lengths, VALUE, SCALE)
+    expected, _ = exact.attend_pages(query, cache, pages, lengths, VALUE, SCALE)
     monkeypatch.setattr(triton_latents, "_multiprocessors", lambda device: slots)
     out = triton_latents.attend_pages(query, cache, pages, lengths, VALUE, SCALE)
     assert out.dtype == dtype
@@ -57,17 +53,17 @@ def test_pages_are_attended_to_whatever_the_splits(
 def test_more_splits_than_there_is_to_see_change_nothing(splits: int) -> None:
     query, cache, pages, lengths = case(4, torch.float32)
     parts = parts_of(cache, VALUE)
-    expected = reference.attend_pages(query.double(), cache, pages, lengths, VALUE, SCALE)
-    found = triton_latents._attend(query, parts, VALUE, SCALE, pages, lengths, splits)
-    assert error(found[0], expected) <= 1e-5
-    assert found[1].isfinite().all()
+    expected = exact.attend_pages(query, cache, pages, lengths, VALUE, SCALE)
+    found = triton_latents.attend_parts(query, parts, VALUE, SCALE, pages, lengths, splits)
+    for each, wanted in zip(found, expected, strict=True):
+        assert error(each, wanted) <= 1e-5
 
 
 def test_wider_page_tables_change_nothing() -> None:
     query, cache, pages, lengths = case(4, torch.float32)
     parts, wide = parts_of(cache, VALUE), torch.nn.functional.pad(pages, (0, 60))
     found = [
-        triton_latents._attend(query, parts, VALUE, SCALE, table, lengths, 3)[0]
+        triton_latents.attend_parts(query, parts, VALUE, SCALE, table, lengths, 3)[0]
         for table in (pages, wide)
     ]
     assert torch.equal(*found)
@@ -87,7 +83,7 @@ def test_pages_in_8_bit_floats_are_what_they_stand_for(heads: int, dtype: torch.
         ]
     )
     write_rows(cache, slots, torch.randn(len(slots), value_dim + ROPE))
-    expected = reference.attend_pages(query.double(), cache, pages, lengths, value_dim, 0.1)
+    expected, _ = exact.attend_pages(query, cache, pages, lengths, value_dim, 0.1)
     out = triton_latents.attend_pages(query, cache, pages, lengths, value_dim, 0.1)
     assert error(out, expected) <= TOLERANCES[dtype]
 
@@ -97,7 +93,7 @@ def test_pages_in_8_bit_floats_are_what_they_stand_for(heads: int, dtype: torch.
 def test_latents_in_one_piece(queries: int, keys: int, dtype: torch.dtype) -> None:
     query = torch.randn(queries, 3, VALUE + ROPE).to(dtype)
     latents = torch.randn(keys, VALUE + ROPE).to(dtype)
-    expected = reference.attend_latents(query.double(), latents, VALUE, SCALE)
+    expected = exact.attend_latents(query, latents, VALUE, SCALE)
     found = triton_latents.attend_latents(query, latents, VALUE, SCALE)
     for each, wanted in zip(found, expected, strict=True):
         assert error(each, wanted) <= TOLERANCES[dtype]
