@@ -49,6 +49,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
 
+    def of_sum(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """x + delta, and that normed."""
+        return ops.add_rms_norm(x, delta, self.weight, self.eps)
+
     def slots(self, name: str) -> Iterator[Slot]:
         yield f"{name}.weight", Rows([self.weight])
 

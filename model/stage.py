@@ -67,8 +67,9 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], context: StepContext, cache: Tensor
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotation, context, cache)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        attended = self.attention(self.attention_norm(x), rotation, context, cache)
+        x, normed = self.feed_forward_norm.of_sum(x, attended)
+        return x + self.feed_forward(normed)
 
     def slots(self, name: str) -> Iterator[Slot]:
         yield from self.attention_norm.slots(f"{name}.input_layernorm")

@@ -82,10 +82,11 @@ class GangSettings(_Settings):
         description="auto: as the model; fp8: latents in 8-bit floats, 656 bytes a token and layer "
         "instead of 1,152, for twice the tokens nearly",
     )
-    kernels: Literal["auto", "reference", "triton"] = Field(
+    kernels: Literal["auto", "reference", "triton", "library"] = Field(
         "auto",
         description="what computes: auto: the fastest that the device has (triton on GPUs); "
-        "reference: plain torch; triton: our own kernels, an error where they cannot run",
+        "reference: plain torch; triton: our own kernels, an error where they cannot run; "
+        "library: these, but for torch's grouped product for the experts",
     )
     start_timeout_s: float = Field(3600.0, gt=0, description="from launch to weights loaded")
     step_timeout_s: float = Field(120.0, gt=0, description="longest step before the gang is lost")

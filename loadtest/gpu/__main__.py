@@ -31,6 +31,8 @@ class Part:
 PARTS = (
     Part("roofline", 40),
     Part("attention", 60),
+    Part("experts", 45),
+    Part("sampling", 15),
     Part("lite", 150),
     Part("peer", 90),
     Part("tests of the device", 90, ("tests/gpu",)),

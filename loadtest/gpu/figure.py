@@ -13,6 +13,9 @@ OURS_64 = "Lite bf16, 64 streams, prompts included"
 ATTEND_128 = "MLA decode, 128 heads, batch 64, 8K context"
 ATTEND_16 = "MLA decode, 16 heads, batch 64, 8K context"
 ATTEND_ERROR = "MLA decode, bf16, error against fp64"
+EXPERTS_DECODE = "experts, 236B layer, decode batch 128"
+EXPERTS_PREFILL = "experts, 236B layer, prefill of 8K tokens"
+EXPERTS_ERROR = "experts, bf16, error against fp64"
 PEER_64 = "transformers, 64 streams, prompts included"
 
 
@@ -57,6 +60,9 @@ GOALS = (
     Goal(ATTEND_128, 0.5, over=MATMUL),
     Goal(ATTEND_16, 0.7, over=COPY),
     Goal(ATTEND_ERROR, 1e-2, at_most=True),
+    Goal(EXPERTS_DECODE, 0.7, over=COPY),
+    Goal(EXPERTS_PREFILL, 0.5, over=MATMUL),
+    Goal(EXPERTS_ERROR, 1e-2, at_most=True),
     Goal(ONE_STREAM, 250.0),
     Goal(MANY_STREAMS, 10_000.0),
     Goal(PREFILL, 0.4, over=MATMUL),

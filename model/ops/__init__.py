@@ -61,6 +61,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _run("rms_norm", x, weight, eps)
 
 
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + delta [..., D], rounded to x's dtype, and `rms_norm` of that."""
+    return _run("add_rms_norm", x, delta, weight, eps)
+
+
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu of the first half of the last dimension times the second: [..., 2 D] to [..., D]."""
     return _run("silu_mul", gate_up)
@@ -184,3 +189,22 @@ def weighted_experts(
         [N, H] in hidden's dtype, summed in fp32.
     """
     return _run("weighted_experts", hidden, ids, weights, experts, first)
+
+
+def draw(logits: Tensor, keys: Tensor, limits: Tensor) -> Tensor:
+    """One token for each row, of those that its limits keep, as often as the softmax says.
+
+    Top-k comes first; top-p keeps the fewest of the likeliest that hold its share of what top-k
+    left; min-p keeps what is at least so likely relative to the likeliest. One is always kept.
+
+    Args:
+        logits: [R, V] fp32, not changed; -inf where a token is forbidden. A row with NaN, +inf
+            or nothing but -inf gets any token.
+        keys: [R] int64, from `draw_key`: of a row with the same key the draw is the same.
+        limits: [R, 4] fp64: temperature (0: the likeliest token, no draw), top-k (0: all),
+            top-p (1: all) and min-p (0: all).
+
+    Returns:
+        Token ids [R] int64.
+    """
+    return _run("draw", logits, keys, limits)

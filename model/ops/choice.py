@@ -1,8 +1,9 @@
 """Which implementation of an operation runs on a device.
 
 Implementations come in *kinds*: "reference" is plain torch, "cpu" what CPUs do faster, "triton"
-our own kernels for GPUs. A kind is a few modules, and lacks some operations; for those the
-reference is taken. A device has kinds that it prefers; another one can be forced.
+our own kernels for GPUs, "library" these but for what torch's libraries do too. A kind is a few
+modules, and lacks some operations; for those the reference is taken. A device has kinds that it
+prefers; another one can be forced.
 """
 
 import importlib
@@ -22,6 +23,7 @@ OPERATIONS = (
     "linear",
     "linear_heads",
     "rms_norm",
+    "add_rms_norm",
     "silu_mul",
     "rotate_",
     "write_rows",
@@ -32,15 +34,27 @@ OPERATIONS = (
     "merge",
     "route",
     "weighted_experts",
+    "draw",
 )
 
 REFERENCE = "reference"
 
 # Of a kind's modules, the first that has an operation does it.
+_TRITON = (
+    "triton_attention",
+    "triton_latents",
+    "triton_cache",
+    "triton_linear",
+    "triton_experts",
+    "triton_rows",
+    "triton_gate",
+    "triton_sampling",
+)
 _MODULES = {
     REFERENCE: ("reference",),
     "cpu": ("cpu",),
-    "triton": ("triton_attention", "triton_latents", "triton_cache"),
+    "triton": _TRITON,
+    "library": ("library", *_TRITON),
 }
 _PREFERRED = {"cpu": ("cpu",), "cuda": ("triton",)}
 

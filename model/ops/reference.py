@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.ops.race import draw as draw
 from model.quantize import Fp8Weight, fp8_rows, from_fp8, from_fp8_rows, from_int8, int8
 
 # Weights [out, in] of several experts: [experts, out, in] as floats of 8 bits or more, or apart.
@@ -61,6 +62,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * normed.to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + delta
+    return total, rms_norm(total, weight, eps)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -141,15 +147,21 @@ def route(
     scores = logits.softmax(-1)  # [T, experts]
     if groups > 1:
         grouped = scores.unflatten(-1, (groups, -1))  # [T, groups, experts / groups]
-        kept = grouped.amax(-1).topk(groups_kept).indices  # [T, groups_kept]
+        kept = _likeliest(grouped.amax(-1), groups_kept)[1]  # [T, groups_kept]
         barred = torch.ones(grouped.shape[:2], dtype=torch.bool, device=logits.device)
         barred.scatter_(1, kept, False)
         scores = grouped.masked_fill(barred[..., None], float("-inf")).flatten(1)
-    weights, ids = scores.topk(top_k, sorted=True)
+    weights, ids = _likeliest(scores, top_k)
     return ids, weights * scale
 
 
-def _grouped_linear(x: Tensor, weights: Weights, ends: Tensor) -> Tensor:
+def _likeliest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest of the last dimension and where they are; of equals, the first."""
+    values, places = scores.sort(dim=-1, descending=True, stable=True)
+    return values[..., :count], places[..., :count]
+
+
+def multiply_by_group(x: Tensor, weights: Weights, ends: Tensor) -> Tensor:
     """Rows of x up to ends[0] times weights[0], up to ends[1] times weights[1], …
 
     Rows past the last end come out as anything.
@@ -165,7 +177,7 @@ def weighted_experts(
     weights: Tensor,
     experts: Experts,
     first: int,
-    grouped_linear: Callable[[Tensor, Weights, Tensor], Tensor] = _grouped_linear,
+    grouped_linear: Callable[[Tensor, Weights, Tensor], Tensor] = multiply_by_group,
 ) -> Tensor:
     (gate_up, down), (rows, top_k), held = experts, ids.shape, experts.held
     if rows == 0:
