@@ -28,6 +28,7 @@ class LocalExperts(nn.Module):
         super().__init__()
         hidden, inner = config.hidden_size, config.moe_intermediate_size
         self._held = held
+        self._share = len(held) / config.n_routed_experts
         self.first = held.start
         self.gate_up = Matrix(2 * inner, hidden, form, parts=2, count=len(held))
         self.down = Matrix(hidden, inner, form, count=len(held))
@@ -49,7 +50,8 @@ class LocalExperts(nn.Module):
 
     def pack(self) -> None:
         """Brings the weights into the device's favourite form; nothing can be loaded then."""
-        self._packed = ops.pack_experts(self.gate_up.take(), self.down.take(), self._quantize)
+        both = self.gate_up.take(), self.down.take()
+        self._packed = ops.pack_experts(*both, self._quantize, self._share)
 
     def slots(self, name: str) -> Iterator[Slot]:
         for index, expert in enumerate(self._held):

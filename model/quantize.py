@@ -41,10 +41,16 @@ class Fp8Weight(NamedTuple):
         return self.data.device
 
 
+def block_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the scales of weights [..., outputs, inputs] that have one for each block."""
+    *stack, outputs, inputs = shape
+    return (*stack, -(-outputs // BLOCK), -(-inputs // BLOCK))
+
+
 def fp8_per_block(weight: Tensor) -> Fp8Weight:
     """Weights [..., outputs, inputs] in 8-bit floats, a block's largest magnitude being 448."""
     *stack, outputs, inputs = weight.shape
-    rows, columns = -(-outputs // BLOCK), -(-inputs // BLOCK)
+    *_, rows, columns = block_shape(weight.shape)
     padded = F.pad(weight, (0, columns * BLOCK - inputs, 0, rows * BLOCK - outputs))
     blocks = padded.view(*stack, rows, BLOCK, columns, BLOCK)
     scale = _scale(blocks.abs().amax((-3, -1)))  # [..., rows, columns]
@@ -62,9 +68,8 @@ def by_block(weight: Fp8Weight) -> Fp8Weight:
     """The same weights with a scale for each block, if they have but one."""
     if weight.by_block:
         return weight
-    *stack, outputs, inputs = weight.data.shape
-    blocks = (*stack, -(-outputs // BLOCK), -(-inputs // BLOCK))
-    return Fp8Weight(weight.data, weight.scale[..., None, None].expand(blocks).contiguous())
+    blocks = weight.scale[..., None, None].expand(block_shape(weight.data.shape))
+    return Fp8Weight(weight.data, blocks.contiguous())
 
 
 def from_fp8(weight: Fp8Weight, dtype: torch.dtype) -> Tensor:

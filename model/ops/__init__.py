@@ -31,7 +31,10 @@ def pack_heads(weight: Tensor) -> Tensor:
 
 
 def pack_experts(
-    gate_up: Tensor | Fp8Weight, down: Tensor | Fp8Weight, quantize: str | None = None
+    gate_up: Tensor | Fp8Weight,
+    down: Tensor | Fp8Weight,
+    quantize: str | None = None,
+    share: float = 1.0,
 ) -> Experts:
     """Weights [E, 2 inter, H] and [E, H, inter] as `weighted_experts` reads them fastest.
 
@@ -39,8 +42,10 @@ def pack_experts(
         quantize: "int8": whole numbers with a scale for each row of a weight that is not in 8
             bits already. Kernels for them quantize their inputs too, row by row; the reference
             does not.
+        share: of all experts of the layer, how many are here: about so many of the ids that are
+            asked about, which kernels choose their tiles by.
     """
-    return _run("pack_experts", gate_up, down, quantize)
+    return _run("pack_experts", gate_up, down, quantize, share)
 
 
 def linear(x: Tensor, weight: Tensor | Fp8Weight) -> Tensor:

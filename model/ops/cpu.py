@@ -45,7 +45,10 @@ def pack_heads(weight: Tensor) -> Tensor:
 
 
 def pack_experts(
-    gate_up: Tensor | Fp8Weight, down: Tensor | Fp8Weight, quantize: str | None = None
+    gate_up: Tensor | Fp8Weight,
+    down: Tensor | Fp8Weight,
+    quantize: str | None = None,
+    share: float = 1.0,
 ) -> reference.Experts | native.PanelExperts:
     if isinstance(gate_up, Fp8Weight) or isinstance(down, Fp8Weight):
         return reference.pack_experts(gate_up, down, quantize)

@@ -4,11 +4,26 @@ An alternative to the kernels of `triton_experts`, to be forced where it is fast
 laid out by expert first, those of experts that are elsewhere last.
 """
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.ops.reference import Experts, multiply_by_group, silu_mul
+from model.ops.reference import Weights, multiply_by_group, silu_mul
+
+
+class Experts(Protocol):
+    """As any kind packs them that leaves weights as they are."""
+
+    @property
+    def gate_up(self) -> Weights: ...
+
+    @property
+    def down(self) -> Weights: ...
+
+    @property
+    def held(self) -> int: ...
 
 
 def weighted_experts(

@@ -38,7 +38,10 @@ def pack_heads(weight: Tensor) -> Tensor:
 
 
 def pack_experts(
-    gate_up: Tensor | Fp8Weight, down: Tensor | Fp8Weight, quantize: str | None = None
+    gate_up: Tensor | Fp8Weight,
+    down: Tensor | Fp8Weight,
+    quantize: str | None = None,
+    share: float = 1.0,
 ) -> Experts:
     return Experts(as_quantized(gate_up, quantize), as_quantized(down, quantize))
 

@@ -17,13 +17,25 @@ import triton.language as tl
 from torch import Tensor
 
 from model.ops import reference
-from model.ops.reference import Experts
 from model.ops.triton_linear import Tile, Weight, data_of, scale_at, scales_of
 from model.ops.triton_rows import silu
 from model.ops.triton_sort import Plan, by_expert
 from model.quantize import BLOCK, Fp8Weight
 
 _SUMMED_AT_ONCE = 1024  # columns of a row
+
+
+class Experts(NamedTuple):
+    """gate_up [E, 2 inter, H] and down [E, H, inter], and their share of the layer's experts."""
+
+    gate_up: Weight
+    down: Weight
+    share: float = 1.0
+
+    @property
+    def held(self) -> int:
+        """How many there are."""
+        return len(data_of(self.down))
 
 
 class Tiles(NamedTuple):
@@ -43,16 +55,18 @@ TILES: tuple[tuple[float, Tiles], ...] = (
 )
 
 
-def pack_experts(gate_up: Weight, down: Weight, quantize: str | None = None) -> Experts:
-    both = (reference.as_quantized(weight, quantize) for weight in (gate_up, down))
-    return Experts(*(_contiguous(weight) for weight in both))
+def pack_experts(
+    gate_up: Weight, down: Weight, quantize: str | None = None, share: float = 1.0
+) -> Experts:
+    both = (_contiguous(reference.as_quantized(weight, quantize)) for weight in (gate_up, down))
+    return Experts(*both, share=share)
 
 
 def weighted_experts(
     hidden: Tensor, ids: Tensor, weights: Tensor, experts: Experts, first: int
 ) -> Tensor:
-    tiles = _tiles(ids.numel() / experts.held, hidden.dtype)
-    return with_tiles(tiles, hidden, ids, weights, experts, first)
+    entries = ids.numel() * experts.share / experts.held
+    return with_tiles(tiles_for(entries, hidden.dtype), hidden, ids, weights, experts, first)
 
 
 def with_tiles(
@@ -75,7 +89,7 @@ def with_tiles(
     return out
 
 
-def _tiles(entries: float, dtype: torch.dtype) -> Tiles:
+def tiles_for(entries: float, dtype: torch.dtype) -> Tiles:
     """The tiles for so many entries an expert; without tensor cores, never the largest."""
     fitting = [tiles for most, tiles in TILES if entries <= most]
     return TILES[-2][1] if dtype == torch.float32 and len(fitting) == 1 else fitting[0]

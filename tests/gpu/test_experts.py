@@ -178,7 +178,7 @@ def test_tokens_are_drawn_as_on_the_cpu() -> None:
 
 def test_nothing_is_read_back_before_all_tokens_are_chosen() -> None:
     vocab = 1000
-    logits = torch.randn(4, vocab)
+    logits = torch.randn(4, vocab, device=CUDA)
     penalized = SamplingParams(temperature=0.8, repetition_penalty=1.2, logit_bias=((3, 5.0),))
     rows = [
         SamplingRow(SamplingParams(temperature=0.0), 3),
@@ -186,8 +186,9 @@ def test_nothing_is_read_back_before_all_tokens_are_chosen() -> None:
         SamplingRow(penalized, 9, TokenCounts([1, 2], [3])),
         SamplingRow(SamplingParams(min_tokens=2, end_token_ids=(7,)), 2, allowed=b"\1" * vocab),
     ]
-    expected = sample(logits, rows)
-    with no_waiting():
-        chosen = choose(logits, rows)
+    with torch.device("cpu"):  # what torch's default is in a worker
+        expected = sample(logits, rows)
+        with no_waiting():
+            chosen = choose(logits, rows)
     assert chosen[:, 0].tolist() == [token.token for token in expected]
     assert chosen[:, 1].tolist() == [1, 1, 1, 1]

@@ -151,3 +151,26 @@ def test_products_with_weights_of_8_bit_floats(rows: int, quantizer: str) -> Non
     assert out.shape == expected.shape
     if rows:
         assert error(out, expected) <= TOLERANCES[torch.float32]
+
+
+def test_tiles_follow_the_entries_of_an_expert() -> None:
+    half = torch.float16
+    rows = [triton_experts.tiles_for(entries, half).gated.rows for entries in (0.1, 16, 17, 60, 90)]
+    assert rows == [16, 16, 32, 64, 128]
+    assert triton_experts.tiles_for(90, torch.float32).gated.rows == 64
+    for _, tiles in triton_experts.TILES:
+        assert tiles.gated.rows == tiles.down.rows
+
+
+def test_with_a_quarter_of_the_experts_a_quarter_of_the_entries_is_expected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows: list[int] = []
+    monkeypatch.setattr(
+        triton_experts, "with_tiles", lambda tiles, *inputs: rows.append(tiles.gated.rows)
+    )
+    ids = torch.zeros(100, 2, dtype=torch.int64)  # 40 for each expert here, or 10
+    for share in (1.0, 0.25):
+        packed = triton_experts.pack_experts(*experts(None, torch.float32), share=share)
+        triton_experts.weighted_experts(torch.empty(100, HIDDEN), ids, ids.float(), packed, 0)
+    assert rows == [64, 16]
