@@ -118,9 +118,9 @@ def _seconds(case: Decode, device: torch.device) -> float:
 
 def _error(case: Decode, device: torch.device) -> float:
     """The largest error, as a share of the largest magnitude."""
-    query, *rest = case.inputs(device)
-    found = ops.attend_pages(query, *rest, _VALUE, _SCALE).double()
-    expected = _in_fp64(query, *rest)
+    query, cache, pages, lengths = case.inputs(device)
+    found = ops.attend_pages(query, cache, pages, lengths, _VALUE, _SCALE).double()
+    expected = _in_fp64(query, cache, pages, lengths)
     return float((found - expected).abs().max() / expected.abs().max())
 
 

@@ -31,7 +31,7 @@ class RankSpec:
     trace: bool = False
     fabric: str = "auto"  # auto, shared_memory or gloo; on CPUs alone
     cache_dtype: str = "auto"  # auto (as `dtype`) or fp8
-    kernels: str = "auto"  # auto (what the device prefers), reference or triton
+    kernels: str = "auto"  # auto (what the device prefers), reference, triton or library
 
     @property
     def cell(self) -> str:
