@@ -291,8 +291,8 @@ class Scheduler:
         sequence.place(column, cached)
         insort(self._running[column], sequence, key=_by_rank)
         if sequence.epoch == 0:
-            cached = min(sequence.scheduled, sequence.request.prompt_tokens)
-            sequence.stats.cached_tokens = cached
+            found = min(sequence.scheduled, sequence.request.prompt_tokens)
+            sequence.stats.cached_tokens = found
             self._prefix_query_tokens += sequence.known
             self._prefix_hit_tokens += sequence.scheduled
 
