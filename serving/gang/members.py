@@ -143,6 +143,7 @@ class Members:
         """The gang is at its end; the first reason counts."""
         if self._failure is None:
             self._failure = failure
+            self.torn = None
             self.wake()
 
     def lose(self, cell: Cell, reason: str, user_error: bool = False) -> None:
