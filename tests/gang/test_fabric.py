@@ -108,7 +108,7 @@ def test_a_dead_peer_is_an_error_and_not_a_hang(kind: str, size: int) -> None:
     started = time.monotonic()
     with pytest.raises(FabricError):
         receive(survivor, kind)
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 60
 
 
 @groups(2)
@@ -127,7 +127,7 @@ def test_abort_from_another_thread_wakes_a_waiting_call(kind: str, size: int) ->
     thread = threading.Thread(target=wait)
     thread.start()
     fabrics[0].abort()
-    thread.join(15)
+    thread.join(60)
     assert len(failures) == 1
 
 
