@@ -79,7 +79,7 @@ async def test_work_that_is_never_done_is_noticed_after_its_call_returned() -> N
     with stuck_work():
         with contextlib.suppress(FabricError):  # on a slow machine it is noticed before that
             fabric.all_gather(torch.empty(1, 4), torch.ones(4))
-        await until(lambda: fabric._error is not None)
+        await until(lambda: fabric._error is not None, timeout_s=60)
     with pytest.raises(FabricError, match=r"all_gather was not done after 0\.2 s"):
         fabric.check()
 
@@ -88,7 +88,7 @@ async def test_an_error_that_comes_later_ends_the_group() -> None:
     """One that cupy has no name for: the peer's connection is gone."""
     first, second = threaded_nccl_group(2, timeout_s=2.0)
     second.abort()
-    await until(lambda: first._error is not None)
+    await until(lambda: first._error is not None, timeout_s=60)
     with pytest.raises(FabricError, match="NCCL result 6"):
         first.check()
 
