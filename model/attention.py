@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from model import ops
 from model.config import ModelConfig
 from model.context import Chunk, StepContext
-from model.layers import Linear, RMSNorm, Slot, weight
+from model.layers import Linear, RMSNorm
+from model.weights import Rows, Slot, WeightFormat, weight
 
 # Elements of expanded past at a time: 4 Ki tokens at 16 heads, 512 tokens at 128 heads.
 _EXPANDED_ELEMENTS = 2**24
@@ -22,14 +23,14 @@ _EXPANDED_ELEMENTS = 2**24
 class Query(nn.Module):
     """Hidden states to each head's query, through a normed latent or directly."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, form: WeightFormat) -> None:
         super().__init__()
         hidden, rank, eps = config.hidden_size, config.q_lora_rank, config.rms_norm_eps
         width = config.num_attention_heads * config.qk_head_dim
         self.heads = config.num_attention_heads
-        self.down = None if rank is None else Linear(hidden, rank, dtype)
-        self.norm = None if rank is None else RMSNorm(rank, eps, dtype)
-        self.up = Linear(hidden if rank is None else rank, width, dtype)
+        self.down = None if rank is None else Linear(hidden, rank, form)
+        self.norm = None if rank is None else RMSNorm(rank, eps, form.dtype)
+        self.up = Linear(hidden if rank is None else rank, width, form)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, hidden] to [T, heads, nope + rope], not rotated yet."""
@@ -90,26 +91,28 @@ class Expansion(nn.Module):
         whole = self.weight.detach()
         self._absorbing = ops.pack_heads(self.key.detach().transpose(1, 2))
         self._releasing = ops.pack_heads(self.value.detach())
-        self.weight = nn.Parameter(ops.pack(whole), requires_grad=False)
+        packed = ops.pack(whole)
+        assert isinstance(packed, Tensor)
+        self.weight = nn.Parameter(packed, requires_grad=False)
 
     def slots(self, name: str) -> Iterator[Slot]:
         by_head = zip(self.key, self.value, strict=True)
-        yield f"{name}.weight", tuple(part for head in by_head for part in head)
+        yield f"{name}.weight", Rows([part for head in by_head for part in head])
 
 
 class Attention(nn.Module):
     """One layer's attention over the rows of a step and the pages of their sequences."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, form: WeightFormat) -> None:
         super().__init__()
         self.nope, self.latent = config.qk_nope_head_dim, config.kv_lora_rank
         self.heads, self.value_dim = config.num_attention_heads, config.v_head_dim
         self.scale = config.softmax_scale
-        self.query = Query(config, dtype)
-        self.kv_a = Linear(config.hidden_size, config.latent_dim, dtype)
-        self.kv_norm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps, dtype)
-        self.expansion = Expansion(config, dtype)
-        self.output = Linear(self.heads * self.value_dim, config.hidden_size, dtype)
+        self.query = Query(config, form)
+        self.kv_a = Linear(config.hidden_size, config.latent_dim, form)
+        self.kv_norm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps, form.dtype)
+        self.expansion = Expansion(config, form.dtype)
+        self.output = Linear(self.heads * self.value_dim, config.hidden_size, form)
         self.block = _EXPANDED_ELEMENTS // (self.heads * (config.qk_head_dim + self.value_dim))
 
     def forward(
@@ -119,23 +122,29 @@ class Attention(nn.Module):
 
         Args:
             rotation: cosines and sines of the rows' positions, [T, rope / 2] fp32 each.
-            cache: [pages, 64, latent + rope].
+            cache: [pages, 64, latent + rope], or as bytes.
         """
         query = self.query(x)  # [T, heads, nope + rope]
         ops.rotate_(query[..., self.nope :], *rotation)
         rows = self._cache_rows(x, rotation)
         ops.write_rows(cache, context.slots, rows)
+        if cache.dtype != rows.dtype:  # what is seen of a row is the same in every step
+            rows = ops.read_rows(cache, context.slots, rows)
         out = x.new_empty(len(x), self.heads, self.value_dim)
         if (decode := context.decode) is not None:
             mixed = ops.attend_pages(
-                self._absorbed(query[decode.rows]),
+                self._absorbed(query if decode.rows is None else query[decode.rows]),
                 cache,
                 decode.pages,
                 decode.lengths,
                 self.latent,
                 self.scale,
             )
-            out[decode.rows] = self.expansion.release(mixed)
+            released = self.expansion.release(mixed)
+            if decode.rows is None:
+                out = released
+            else:
+                out[decode.rows] = released
         for chunk in context.chunks:
             out[chunk.rows] = self._attend(query[chunk.rows], rows[chunk.rows], chunk, cache)
         return self.output(out.flatten(1))

@@ -6,19 +6,24 @@ layers; of the routed experts it holds its rank's share, of everything else a wh
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from model.config import CheckpointError, ModelConfig
 from model.layout import Cell, Layout
-from model.shards import Progress, StoredTensor, read_tensor, shard_paths, stored_tensors
+from model.quantize import FP8
+from model.reading import StoredWeight, read_weights, scale_shapes
+from model.shards import Progress, StoredTensor, shard_paths, stored_tensors
+from model.weights import Value
 
 NAMED_IN_ERRORS = 3
+# Beside a matrix `x.weight` in 8-bit floats: its scales, under one of these names, …
+SCALES = ("weight_scale", "weight_scale_inv")
+# … and what other engines want to know, but what is computed here does not need.
+UNUSED = ("input_scale", "output_scale", "k_scale", "v_scale", "kv_scale")
 STORED_AS = (torch.bfloat16, torch.float16, torch.float32)  # what weights may be stored as
 
 Shapes = dict[str, tuple[int, ...]]
@@ -30,8 +35,8 @@ class Description:
 
     config: ModelConfig
     parameters: int
-    tensors: int
-    bytes: int  # of all tensors
+    tensors: int  # weights; their scales are not counted
+    bytes: int  # of both
     shards: dict[str, int]  # file name -> bytes
     dtypes: dict[str, int]  # name as in "bfloat16" -> tensors stored so
 
@@ -67,20 +72,22 @@ def read_cell(
     cell: Cell,
     dtype: torch.dtype,
     progress: Progress | None = None,
-) -> Iterator[tuple[str, Tensor]]:
-    """Streams one cell's tensors as (name, tensor on CPU of `dtype`), in file order.
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[str, Value]]:
+    """Streams one cell's tensors as (name, tensor on `device` of `dtype` or of 8-bit floats).
 
-    Reads the bytes of these tensors and no others, one tensor at a time. `progress` is told
-    how many of how many bytes have been read. All names and shapes are checked before this
-    returns. Shards that hold only other cells' tensors need not be there.
+    Reads the bytes of these tensors and no others, a few at a time. `progress` is told how many
+    of how many bytes have been read. All names and shapes are checked before this returns.
+    Shards that hold only other cells' tensors need not be there.
 
     Raises:
         CheckpointError: a tensor is missing or wrongly shaped, or a shard cannot be read.
     """
     shapes = cell_tensors(config, layout, cell)
-    stored = stored_tensors(directory, wanted=shapes)
-    _compare(directory, shapes, stored)
-    return _stream(stored, dtype, progress)
+    scales = [scale for name in shapes for scale in _scale_names(name)]
+    stored = stored_tensors(directory, wanted=[*shapes, *scales])
+    weights = _weights(directory, config, shapes, stored)
+    return read_weights(weights, dtype, torch.device(device), progress)
 
 
 def check(directory: Path, config: ModelConfig) -> None:
@@ -89,7 +96,7 @@ def check(directory: Path, config: ModelConfig) -> None:
     Raises:
         CheckpointError: one line that names what is wrong and what to do.
     """
-    _compare(directory, all_tensors(config), stored_tensors(directory))
+    _weights(directory, config, all_tensors(config), stored_tensors(directory))
 
 
 def describe(directory: Path) -> Description:
@@ -99,14 +106,13 @@ def describe(directory: Path) -> Description:
         CheckpointError: config.json or the shards cannot be read.
     """
     config = ModelConfig.from_directory(directory)
-    stored = {
-        name: tensor for name, tensor in stored_tensors(directory).items() if not _derived(name)
-    }
-    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in stored.values())
+    stored = {n: tensor for n, tensor in stored_tensors(directory).items() if not _derived(n)}
+    weights = [tensor for name, tensor in stored.items() if not _companion(name)]
+    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in weights)
     return Description(
         config=config,
-        parameters=_elements(tensor.shape for tensor in stored.values()),
-        tensors=len(stored),
+        parameters=_elements(tensor.shape for tensor in weights),
+        tensors=len(weights),
         bytes=sum(tensor.bytes for tensor in stored.values()),
         shards={path.name: path.stat().st_size for path in shard_paths(directory)},
         dtypes=dict(dtypes),
@@ -160,36 +166,43 @@ def _mlp(prefix: str, hidden: int, inner: int) -> Shapes:
     }
 
 
-def _stream(
-    stored: dict[str, StoredTensor], dtype: torch.dtype, progress: Progress | None
-) -> Iterator[tuple[str, Tensor]]:
-    total, done = sum(tensor.bytes for tensor in stored.values()), 0
-    in_file_order = sorted(stored.items(), key=lambda item: (item[1].path, item[1].offset))
-    for path, tensors in groupby(in_file_order, key=lambda item: item[1].path):
-        with path.open("rb") as file:
-            for name, at in tensors:
-                yield name, read_tensor(file, at).to(dtype)
-                done += at.bytes
-                if progress:
-                    progress(done, total)
+def _weights(
+    directory: Path, config: ModelConfig, shapes: Shapes, stored: dict[str, StoredTensor]
+) -> dict[str, StoredWeight]:
+    """Where the tensors of `shapes` lie, each with its scales.
 
-
-def _compare(directory: Path, shapes: Shapes, stored: Mapping[str, StoredTensor]) -> None:
-    """Raises one line about all that is missing, unexpected, wrongly shaped or quantized."""
-    both = shapes.keys() & stored.keys()
-    misshapen = [
-        f"{name} {list(stored[name].shape)} instead of {list(shapes[name])}"
-        for name in shapes
-        if name in both and stored[name].shape != shapes[name]
-    ]
-    foreign = [
-        f"{name} {str(stored[name].dtype).removeprefix('torch.')}"
-        for name in shapes
-        if name in both and stored[name].dtype not in STORED_AS
-    ]
+    Raises:
+        CheckpointError: one line about all that is missing, unexpected, wrongly shaped or stored
+            in a way that cannot be read.
+    """
+    missing, misshapen, foreign = [], [], []
+    weights = {}
+    for name, shape in shapes.items():
+        tensor = stored.get(name)
+        if tensor is None:
+            missing.append(name)
+            continue
+        weights[name] = StoredWeight(tensor)
+        if tensor.shape != shape:
+            misshapen.append(f"{name} {list(tensor.shape)} instead of {list(shape)}")
+        elif config.quantization and tensor.dtype == FP8 and len(shape) == 2:
+            scale = next((stored[n] for n in _scale_names(name) if n in stored), None)
+            weights[name] = StoredWeight(tensor, scale)
+            if scale is None:
+                missing.append(_scale_names(name)[0])
+            elif scale.shape not in scale_shapes(shape):
+                misshapen.append(f"scales of {name} {list(scale.shape)}")
+        elif tensor.dtype not in STORED_AS:
+            foreign.append(f"{name} {str(tensor.dtype).removeprefix('torch.')}")
     problems = {
-        "missing": [name for name in shapes if name not in stored],
-        "unexpected": [name for name in stored if name not in shapes and not _derived(name)],
+        "missing": missing,
+        "unexpected": [
+            name
+            for name in stored
+            if name not in shapes
+            and not _derived(name)
+            and not (config.quantization and _companion(name))
+        ],
         "wrongly shaped": misshapen,
         "quantized or not floating-point": foreign,
     }
@@ -199,6 +212,16 @@ def _compare(directory: Path, shapes: Shapes, stored: Mapping[str, StoredTensor]
             f"{directory}: {'; '.join(found)}; see whether config.json belongs to these weights, "
             "or download the checkpoint again"
         )
+    return weights
+
+
+def _scale_names(name: str) -> list[str]:
+    return [name.removesuffix("weight") + scale for scale in SCALES]
+
+
+def _companion(name: str) -> bool:
+    """Whether this is no weight, but belongs to one in 8-bit floats."""
+    return name.rpartition(".")[2] in (*SCALES, *UNUSED)
 
 
 def _some(kind: str, names: list[str]) -> str:

@@ -71,6 +71,7 @@ class ModelConfig:
     bos_token_id: int
     eos_token_id: int
     rope: RopeConfig
+    quantization: str | None = None  # method by which matrices came to be 8-bit floats
 
     @property
     def qk_head_dim(self) -> int:
@@ -142,6 +143,7 @@ class ModelConfig:
                 bos_token_id=raw["bos_token_id"],
                 eos_token_id=raw["eos_token_id"],
                 rope=_rope(raw),
+                quantization=_quantization(raw, source),
             )
         except KeyError as error:
             raise CheckpointError(f"{source}: {error.args[0]} is missing") from error
@@ -188,6 +190,36 @@ def _rope(raw: dict[str, Any]) -> RopeConfig:
         mscale=float(scaling.get("mscale") or 1.0),
         mscale_all_dim=float(scaling.get("mscale_all_dim") or 0.0),
     )
+
+
+def _quantization(raw: dict[str, Any], source: str) -> str | None:
+    """The method, once it is sure that what it made are e4m3 floats with scales that we know.
+
+    Which tensors it made, the shards themselves say best.
+    """
+    said = raw.get("quantization_config") or raw.get("compression_config")
+    if not said:
+        return None
+    method = said.get("quant_method") if isinstance(said, dict) else None
+    try:
+        if method == "fp8":
+            kinds = [("e4m3", said.get("fmt", "e4m3"))]
+            kinds += [([128, 128], said.get("weight_block_size") or [128, 128])]
+        elif method == "compressed-tensors":
+            weights = [group["weights"] for group in said["config_groups"].values()]
+            kinds = [((8, "float"), (each["num_bits"], each["type"])) for each in weights]
+            kinds += [([128, 128], each.get("block_structure") or [128, 128]) for each in weights]
+        else:
+            kinds = [("fp8 or compressed-tensors", method)]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{source}: quantization_config lacks {error}") from error
+    for known, found in kinds:
+        if found != known:
+            raise CheckpointError(
+                f"{source}: quantized weights of the kind {found} are not supported, "
+                f"only {known}, which are 8-bit floats; give the bfloat16 checkpoint"
+            )
+    return method
 
 
 def _check(config: ModelConfig, source: str) -> None:

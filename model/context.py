@@ -36,12 +36,13 @@ class DecodeRows:
     """The step's decode rows, those with the longest past first.
 
     Attributes:
-        rows: [B] int64, which row of the step each one is.
+        rows: [B] int64, which row of the step each one is; None if they are the whole step in
+            its order.
         pages: [B, P] int64 page tables, padded with the dummy page.
         lengths: [B] int64, keys that each one sees, its own included; at least 1.
     """
 
-    rows: Tensor
+    rows: Tensor | None
     pages: Tensor
     lengths: Tensor
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from model import ops
 from model.config import ModelConfig
-from model.layers import MLP, Slot, weight
+from model.layers import MLP
+from model.weights import Matrix, Rows, Slot, WeightFormat, weight
 
 
 class LocalExperts(nn.Module):
@@ -20,18 +21,18 @@ class LocalExperts(nn.Module):
         gate_up: [experts, 2 * inner, hidden], the gate's rows before the up projection's.
         down: [experts, hidden, inner].
 
-    Both are there while they are loaded; `pack` replaces them by what the device prefers.
+    Both take the tensors while they are loaded; `pack` makes of them what the device prefers.
     """
 
-    def __init__(
-        self, config: ModelConfig, held: range, dtype: torch.dtype, quantize: str | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, held: range, form: WeightFormat) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.moe_intermediate_size
+        self._held = held
+        self._share = len(held) / config.n_routed_experts
         self.first = held.start
-        self.gate_up = weight(len(held), 2 * inner, hidden, dtype=dtype)
-        self.down = weight(len(held), hidden, inner, dtype=dtype)
-        self._quantize = quantize
+        self.gate_up = Matrix(2 * inner, hidden, form, parts=2, count=len(held))
+        self.down = Matrix(hidden, inner, form, count=len(held))
+        self._quantize = "int8" if form.quantize == "int8" else None
         self._packed: ops.Experts = None
 
     def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -49,16 +50,14 @@ class LocalExperts(nn.Module):
 
     def pack(self) -> None:
         """Brings the weights into the device's favourite form; nothing can be loaded then."""
-        self._packed = ops.pack_experts(self.gate_up.detach(), self.down.detach(), self._quantize)
-        del self.gate_up, self.down
+        both = self.gate_up.take(), self.down.take()
+        self._packed = ops.pack_experts(*both, self._quantize, self._share)
 
     def slots(self, name: str) -> Iterator[Slot]:
-        for i, (gate_up, down) in enumerate(zip(self.gate_up, self.down, strict=True)):
-            expert = f"{name}.{self.first + i}"
-            gate, up = gate_up.chunk(2)
-            yield f"{expert}.gate_proj.weight", (gate,)
-            yield f"{expert}.up_proj.weight", (up,)
-            yield f"{expert}.down_proj.weight", (down,)
+        for index, expert in enumerate(self._held):
+            yield f"{name}.{expert}.gate_proj.weight", self.gate_up.place(0, index)
+            yield f"{name}.{expert}.up_proj.weight", self.gate_up.place(1, index)
+            yield f"{name}.{expert}.down_proj.weight", self.down.place(0, index)
 
 
 class ExpertExchange(Protocol):
@@ -109,7 +108,7 @@ class Gate(nn.Module):
         return ops.route(logits, self.top_k, self.groups, self.groups_kept, self.scale)
 
     def slots(self, name: str) -> Iterator[Slot]:
-        yield f"{name}.weight", (self.weight,)
+        yield f"{name}.weight", Rows([self.weight])
 
 
 class MoE(nn.Module):
@@ -119,15 +118,14 @@ class MoE(nn.Module):
         self,
         config: ModelConfig,
         held: range,
-        dtype: torch.dtype,
+        form: WeightFormat,
         exchange: ExpertExchange,
-        quantize: str | None = None,
     ) -> None:
         super().__init__()
         self.gate = Gate(config)
-        self.experts = LocalExperts(config, held, dtype, quantize)
+        self.experts = LocalExperts(config, held, form)
         shared = config.n_shared_experts * config.moe_intermediate_size
-        self.shared_experts = MLP(config.hidden_size, shared, dtype) if shared else None
+        self.shared_experts = MLP(config.hidden_size, shared, form) if shared else None
         self.exchange = exchange
 
     def forward(self, x: Tensor) -> Tensor:

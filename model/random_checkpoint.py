@@ -8,7 +8,7 @@ sequence are its ids.
 
 import json
 import shutil
-from functools import partial
+from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.checkpoint import STORED_AS, all_tensors
+from model.checkpoint import STORED_AS, all_tensors, cell_tensors
 from model.config import CheckpointError, ModelConfig
-from model.shards import Progress, write_shards
+from model.layout import Cell, Layout
+from model.shards import Progress, TensorSpec, new_directory, write_shards
 
 GIB = 2**30
 NANO = Path(__file__).parent / "nano" / "checkpoint"
@@ -159,13 +160,34 @@ def write_random(
     """
     raw = _config(shape, layers, dtype)
     config = ModelConfig.from_dict(raw, source=shape)
-    shapes = all_tensors(config)
-    _prepare(directory, sum(_size(s) for s in shapes.values()) * dtype.itemsize)
-    make = partial(_random, seed=seed, dtype=dtype, layers=config.num_hidden_layers)
-    write_shards(directory, shapes, dtype, make, shard_bytes, progress)
+    specs = {name: TensorSpec(dtype, shape) for name, shape in all_tensors(config).items()}
+    new_directory(directory, sum(spec.bytes for spec in specs.values()))
+
+    def make(name: str) -> dict[str, Tensor]:
+        layers = config.num_hidden_layers
+        return {name: _random(name, specs[name].shape, seed, dtype, layers)}
+
+    write_shards(directory, {n: {n: s} for n, s in specs.items()}, make, shard_bytes, progress)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copyfile(NANO / name, directory / name)
     (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+
+
+def random_cell(
+    config: ModelConfig,
+    layout: Layout,
+    cell: Cell,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int = 0,
+) -> Iterator[tuple[str, Tensor]]:
+    """One cell's tensors as (name, tensor of `dtype`), made on `device` one after the other.
+
+    In the order of a checkpoint, without one: no file is read or written. On CPUs they are those
+    that `write_random` writes; each kind of device has numbers of its own.
+    """
+    for name, shape in cell_tensors(config, layout, cell).items():
+        yield name, _random(name, shape, seed, dtype, config.num_hidden_layers, device)
 
 
 def _config(shape: str, layers: int | None, dtype: torch.dtype) -> dict[str, Any]:
@@ -185,25 +207,13 @@ def _config(shape: str, layers: int | None, dtype: torch.dtype) -> dict[str, Any
     }
 
 
-def _prepare(directory: Path, needed: int) -> None:
-    """An empty directory on a disk with `needed` bytes to spare."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        occupied = any(directory.iterdir())
-    except OSError as error:
-        raise CheckpointError(f"{directory}: {error.strerror}; choose another one") from error
-    if occupied:
-        raise CheckpointError(f"{directory}: not empty; choose a new directory")
-    free = shutil.disk_usage(directory).free
-    if needed > free:
-        raise CheckpointError(
-            f"{directory}: needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free; "
-            "cut the model with fewer layers or choose another disk"
-        )
-
-
 def _random(
-    name: str, shape: tuple[int, ...], seed: int, dtype: torch.dtype, layers: int
+    name: str,
+    shape: tuple[int, ...],
+    seed: int,
+    dtype: torch.dtype,
+    layers: int,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """The tensor `name`, a pure function of the arguments.
 
@@ -211,13 +221,9 @@ def _random(
     shrinks with depth, so that its variance does not grow with the number of layers.
     """
     if len(shape) == 1:
-        return torch.ones(shape, dtype=dtype)
+        return torch.ones(shape, dtype=dtype, device=device)
     adds = name.endswith(("o_proj.weight", "down_proj.weight"))
     std = STD * (2 * layers) ** -0.5 if adds else STD
     digest = blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.empty(shape, dtype=dtype).normal_(0.0, std, generator=generator)
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, std, generator=generator)

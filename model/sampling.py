@@ -1,12 +1,11 @@
 """From logits to tokens: one vectorized pass over rows that each follow their own parameters.
 
-A token is a pure function of its row's logits, parameters, counts, and of (seed, position).
-Each draw uses a single uniform number, hashed from (seed, position), against the cumulative
-distribution in the order of token ids; so neither the rest of the batch nor a preemption or a
-move to another replica changes what is drawn. Ties go to the lower id, everywhere.
+A token is a pure function of its row's logits, parameters, counts, and of (seed, position): the
+draw itself (`ops.draw`) is keyed by these two, so neither the rest of the batch nor a preemption
+or a move to another replica changes what is drawn. Ties go to the lower id, everywhere.
 
-Top-k, top-p and min-p each keep the most probable tokens down to some rank, so that all three
-together are one rank and a threshold on the logits: no sort of whole rows.
+What the host knows goes to the device without waiting for it, and nothing is read back before
+all tokens are chosen.
 """
 
 from array import array
@@ -16,19 +15,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from model import ops
+from model.ops.race import down_to, draw_key
 from model.sampling_params import SamplingParams
 
-CANDIDATES = 1024  # ranks looked at first; rows that keep more are sorted whole
-BLOCK = 256  # tokens that the draw looks at once
-ROWS_AT_ONCE = 64  # bounds the workspace: about 20 bytes per row and token of the vocabulary
-MIN_TEMPERATURE = 1e-6  # below it, the same
+ROWS_AT_ONCE = 64  # scored at once, which takes about 8 bytes per row and token
 
 Likely = tuple[int, float]  # a token and its log-probability
-
-_MASK = 2**64 - 1
-_GOLDEN = 0x9E3779B97F4A7C15
 
 
 class TokenCounts:
@@ -106,20 +100,46 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
     if not rows:
         return []
     logits = logits.float()
-    adjusted = _adjusted(logits, rows)
-    tokens = adjusted.argmax(dim=1)
-    drawn = [i for i, row in enumerate(rows) if not row.params.greedy and row.params.top_k != 1]
-    for first in range(0, len(drawn), ROWS_AT_ONCE):
-        part = drawn[first : first + ROWS_AT_ONCE]
-        where = torch.tensor(part, device=logits.device)
-        tokens[where] = _draw(adjusted[where], [rows[i] for i in part])
-    finite = adjusted.amax(dim=1).isfinite().tolist()  # NaN wins a maximum
+    tokens, finite = choose(logits, rows).cpu().unbind(1)
     chosen = [
-        SampledToken(token, error=_fault(row, ok, logits[i]))
-        for i, (row, token, ok) in enumerate(zip(rows, tokens.tolist(), finite, strict=True))
+        SampledToken(token, error=_fault(row, bool(ok), logits[i]))
+        for i, (row, token, ok) in enumerate(
+            zip(rows, tokens.tolist(), finite.tolist(), strict=True)
+        )
     ]
     _add_logprobs(logits, rows, chosen)
     return chosen
+
+
+def choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """The device's part of `sample`: int64 [rows, 2], tokens and whether each is one (1) or not.
+
+    Nothing in it waits for a GPU.
+    """
+    adjusted = _adjusted(logits, rows)
+    finite = adjusted.amax(dim=1).isfinite()  # NaN wins a maximum
+    keys = [draw_key(row.params.seed, row.position) for row in rows]
+    limits = [_limits(row.params) for row in rows]
+    tokens = ops.draw(
+        adjusted,
+        _on(logits.device, torch.tensor(keys)),
+        _on(logits.device, torch.tensor(limits, dtype=torch.float64)),
+    )
+    return torch.stack((tokens, finite.long()), dim=1)
+
+
+def _limits(params: SamplingParams) -> tuple[float, float, float, float]:
+    """What `ops.draw` asks of a row: temperature, top-k, top-p and min-p."""
+    certain = params.greedy or params.top_k == 1
+    temperature = 0.0 if certain else params.temperature
+    return temperature, float(params.top_k), params.top_p, params.min_p
+
+
+def _on(device: torch.device, tensor: Tensor) -> Tensor:
+    """The host's tensor on the device, for whose work the host does not wait."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def score(logits: Tensor, tokens: Sequence[int], top: int) -> list[tuple[float, list[Likely]]]:
@@ -134,23 +154,6 @@ def score(logits: Tensor, tokens: Sequence[int], top: int) -> list[tuple[float, 
         part = tokens[first : first + ROWS_AT_ONCE]
         scored += _logprobs(logits[first : first + len(part)].float(), part, [top] * len(part))
     return scored
-
-
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1), a pure function of its arguments: 53 bits of splitmix64.
-
-    The seed is hashed once to spread neighbouring seeds over the state space; the position is
-    the number of steps that the generator then takes from there.
-    """
-    state = _mix(seed & _MASK) + (position + 1) * _GOLDEN
-    return (_mix(state & _MASK) >> 11) * 2.0**-53
-
-
-def _mix(state: int) -> int:
-    """The output function of splitmix64."""
-    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-    return state ^ (state >> 31)
 
 
 def _fault(row: SamplingRow, finite: bool, logits: Tensor) -> str | None:
@@ -182,9 +185,7 @@ def _adjusted(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     if penalized:
         _penalize(adjusted, rows, penalized)
     if bias:
-        index, token, value = (
-            torch.tensor(x, device=logits.device) for x in zip(*bias, strict=True)
-        )
+        index, token, value = (_on(logits.device, torch.tensor(x)) for x in zip(*bias, strict=True))
         adjusted.index_put_((index, token), value, accumulate=True)
     for i in restricted:
         _restrict(adjusted[i], rows[i])
@@ -201,14 +202,15 @@ def _restrict(logits: Tensor, row: SamplingRow) -> None:
         if list(row.output[max(0, len(row.output) - len(before)) :]) == before:
             forbidden.add(last)
     if forbidden:
-        logits[[token for token in forbidden if token < vocab]] = float("-inf")
+        known = torch.tensor([t for t in forbidden if 0 <= t < vocab], dtype=torch.int64)
+        logits.index_fill_(0, _on(logits.device, known), float("-inf"))
     if row.allowed is not None:
         may = torch.frombuffer(bytearray(row.allowed), dtype=torch.uint8)[:vocab]
-        logits.masked_fill_(may.to(logits.device) == 0, float("-inf"))
+        logits.masked_fill_(_on(logits.device, may) == 0, float("-inf"))
     if params.allowed_token_ids:
         may = torch.zeros(vocab, dtype=torch.bool)
         may[[token for token in params.allowed_token_ids if token < vocab]] = True
-        logits.masked_fill_(~may.to(logits.device), float("-inf"))
+        logits.masked_fill_(~_on(logits.device, may), float("-inf"))
 
 
 def _penalize(logits: Tensor, rows: Sequence[SamplingRow], penalized: list[int]) -> None:
@@ -226,118 +228,13 @@ def _penalize(logits: Tensor, rows: Sequence[SamplingRow], penalized: list[int])
     lengths = [len(tokens) for tokens in seen]
     per_token = np.repeat(np.array(settings, dtype=np.float32), lengths, axis=0)
     columns = np.column_stack([per_token, np.concatenate(generated)])
-    repetition, frequency, presence, count = torch.from_numpy(columns).to(logits.device).unbind(1)
-    index = torch.from_numpy(np.repeat(np.array(penalized), lengths)).to(logits.device)
-    token = torch.from_numpy(np.concatenate(seen)).to(logits.device)
+    on_device = _on(logits.device, torch.from_numpy(columns))
+    repetition, frequency, presence, count = on_device.unbind(1)
+    index = _on(logits.device, torch.from_numpy(np.repeat(np.array(penalized), lengths)))
+    token = _on(logits.device, torch.from_numpy(np.concatenate(seen)))
     value = logits[index, token]
     value = torch.where(value < 0, value * repetition, value / repetition)
     logits[index, token] = value - frequency * count - presence * (count > 0)
-
-
-def _draw(logits: Tensor, rows: list[SamplingRow]) -> Tensor:
-    """One token a row from the filtered distribution: float32 [R, V] -> int64 [R]."""
-    peak = logits.amax(dim=1, keepdim=True)
-    temperature = _column([max(row.params.temperature, MIN_TEMPERATURE) for row in rows], logits)
-    weights = ((logits - peak) / temperature.float()).exp()  # [R, V], the likeliest token weighs 1
-    filtered = [
-        i
-        for i, row in enumerate(rows)
-        if row.params.top_k > 0 or row.params.top_p < 1.0 or row.params.min_p > 0.0
-    ]
-    if filtered:
-        where = torch.tensor(filtered, device=logits.device)
-        some = [rows[i].params for i in filtered]
-        kept = _most_probable(logits[where], weights[where], some)
-        weights[where] = weights[where].where(kept, 0.0)
-    return _invert(weights, _column([uniform(r.params.seed, r.position) for r in rows], weights))
-
-
-def _most_probable(logits: Tensor, weights: Tensor, params: list[SamplingParams]) -> Tensor:
-    """Which tokens survive top-k, top-p and min-p: bool [R, V].
-
-    A row whose last surviving rank is not among the `CANDIDATES` is sorted whole.
-    """
-    vocab = logits.shape[1]
-    limits = torch.tensor(
-        [
-            (
-                min(p.top_k or vocab, vocab),
-                p.top_p if p.top_p < 1.0 else float("inf"),
-                p.min_p,
-            )
-            for p in params
-        ],
-        dtype=torch.float64,
-        device=logits.device,
-    )
-    mass = weights.sum(dim=1, dtype=torch.float64)
-    width = min(CANDIDATES, vocab)
-    ordered = _ranked(logits, weights, width)
-    ranks = _last_rank(*ordered, mass, limits)
-    cut = ordered[0].gather(1, ranks[:, None] - 1)
-    top_k = limits[:, 0]
-    wide = ((ranks == width) & (top_k != width)) | ((top_k > width) & (top_k < vocab))
-    if width < vocab and bool(wide.any()):
-        ordered = _ranked(logits[wide], weights[wide], vocab)
-        ranks[wide] = _last_rank(*ordered, mass[wide], limits[wide])
-        cut[wide] = ordered[0].gather(1, ranks[wide, None] - 1)
-    return _down_to(logits, cut, ranks)
-
-
-def _ranked(logits: Tensor, weights: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The `width` largest logits of each row, largest first, and their weights: [R, width]."""
-    values, tokens = logits.topk(width, dim=1)
-    return values, weights.gather(1, tokens)
-
-
-def _last_rank(values: Tensor, weights: Tensor, mass: Tensor, limits: Tensor) -> Tensor:
-    """How many of the ranked tokens survive, at least one: int64 [R].
-
-    Top-k comes first; top-p is the smallest set that holds its share of what top-k left;
-    min-p is relative to the likeliest token, which weighs 1.
-    """
-    top_k, top_p, min_p = limits.unsqueeze(2).unbind(1)  # [R, 1] each
-    width = values.shape[1]
-    until = weights.cumsum(dim=1, dtype=torch.float64)
-    left = until.gather(1, top_k.long().clamp(max=width) - 1)
-    left = torch.where(top_k <= width, left, mass[:, None])
-    rank = torch.arange(width, device=values.device)
-    kept = (rank < top_k) & (until - weights < top_p * left) & (weights >= min_p)
-    return kept.sum(dim=1).clamp(min=1)
-
-
-def _down_to(logits: Tensor, cut: Tensor, ranks: Tensor) -> Tensor:
-    """The `ranks` largest of each row, `cut` [R, 1] the last of them: bool [R, V].
-
-    Of the tokens that tie with the last, those of lower id are kept.
-    """
-    above = logits > cut
-    level = logits == cut
-    room = ranks[:, None] - above.sum(dim=1, keepdim=True)
-    return above | (level & (level.cumsum(dim=1, dtype=torch.int32) <= room))
-
-
-def _invert(weights: Tensor, share: Tensor) -> Tensor:
-    """Where the cumulative weight of each row passes `share` [R, 1] of the whole: int64 [R].
-
-    First the block of tokens, then the token inside it, summed in float64: a token without
-    weight is never chosen.
-    """
-    blocks = F.pad(weights, (0, -weights.shape[1] % BLOCK)).reshape(len(weights), -1, BLOCK)
-    until = blocks.sum(dim=2, dtype=torch.float64).cumsum(dim=1)  # [R, blocks]
-    target = share * until[:, -1:]
-    block = torch.searchsorted(until, target, right=True).clamp(max=blocks.shape[1] - 1)
-    inside = blocks[torch.arange(len(blocks), device=weights.device), block[:, 0]]
-    inside = inside.cumsum(dim=1, dtype=torch.float64)  # [R, BLOCK]
-    target = target - F.pad(until, (1, 0)).gather(1, block)
-    # The two sums round differently; stay below the second one's end.
-    target = target.minimum(inside[:, -1:].nextafter(torch.zeros_like(target)))
-    token = block * BLOCK + torch.searchsorted(inside, target, right=True)
-    return token[:, 0].clamp(max=weights.shape[1] - 1)
-
-
-def _column(values: list[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
 
 
 def _add_logprobs(logits: Tensor, rows: Sequence[SamplingRow], chosen: list[SampledToken]) -> None:
@@ -365,7 +262,7 @@ def _logprobs(
     own = logprobs.gather(1, torch.tensor(tokens, device=device)[:, None])[:, 0].tolist()
     ranks = torch.tensor(wanted, device=device).clamp(max=vocab)
     cut = logprobs.topk(max(1, int(ranks.max()))).values.gather(1, ranks.clamp(min=1)[:, None] - 1)
-    found = _down_to(logprobs, cut, ranks).nonzero()
+    found = down_to(logprobs, cut, ranks).nonzero()
     tops: list[list[Likely]] = [[] for _ in tokens]
     for (row, token), logprob in zip(found.tolist(), logprobs[*found.T].tolist(), strict=True):
         tops[row].append((token, logprob))

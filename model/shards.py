@@ -9,10 +9,10 @@ unpickles: a directory that holds only pickled weights is refused.
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ DTYPES: dict[str, torch.dtype] = {
 _NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
+Specs = Mapping[str, "TensorSpec"]
+Offsets = Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,53 +117,109 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return _in_order(path, stored, 8 + length, size)
 
 
-def read_tensor(file: BufferedReader, stored: StoredTensor) -> Tensor:
-    """One tensor from its open shard, on CPU, as it is stored.
+def read_into(buffer: Tensor, file: int, stored: StoredTensor, start: int = 0) -> None:
+    """Fills a buffer [n] uint8, on CPU, with a tensor's bytes from `start` on.
+
+    Python only names the memory: the kernel copies into it, and other threads run meanwhile.
+
+    Args:
+        file: descriptor of the tensor's shard.
 
     Raises:
-        CheckpointError: the file ends before the tensor does.
+        CheckpointError: the file cannot be read or ends before the buffer is full.
     """
-    buffer = torch.empty(stored.bytes, dtype=torch.uint8)
-    file.seek(stored.offset)
-    if file.readinto(buffer.numpy().data) != stored.bytes:
-        raise CheckpointError(f"{stored.path}: ends in the middle of a tensor; {AGAIN}")
-    return buffer.view(stored.dtype).reshape(stored.shape)
+    memory, done = memoryview(buffer.numpy()), 0
+    try:
+        while done < len(memory):  # a call reads 2 GB at most
+            count = os.preadv(file, [memory[done:]], stored.offset + start + done)
+            if count == 0:
+                raise CheckpointError(f"{stored.path}: ends in the middle of a tensor; {AGAIN}")
+            done += count
+    except OSError as error:
+        raise CheckpointError(f"{stored.path}: {error.strerror}; {AGAIN}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor that is to be written."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_shards(
     directory: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype,
-    make: Callable[[str, tuple[int, ...]], Tensor],
+    groups: Mapping[str, Specs],
+    make: Callable[[str], Mapping[str, Tensor]],
     shard_bytes: int,
     progress: Progress | None = None,
 ) -> None:
-    """Writes the tensors that `make(name, shape)` gives, all of `dtype`, into shards.
+    """Writes the tensors that `make` gives for each group, into shards.
 
-    Only a few tensors are in memory at a time: one for each thread that makes them. `make` is
+    Only a few groups are in memory at a time: one for each thread that makes them. `make` is
     called from several threads. A shard is at most `shard_bytes` of tensors, unless a single
-    tensor is larger.
+    group is larger.
+
+    Args:
+        groups: the tensors that are made together and lie in one shard, by a name of the group.
     """
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    sizes = {name: sum(spec.bytes for spec in specs.values()) for name, specs in groups.items()}
     total, done, shard_of = sum(sizes.values()), 0, {}
     shards = _split(sizes, shard_bytes)
-    workers = min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for number, names in enumerate(shards, start=1):
             shard = _shard_name(number, len(shards))
-            shard_of.update(dict.fromkeys(names, shard))
+            specs = {name: spec for group in names for name, spec in groups[group].items()}
+            shard_of.update(dict.fromkeys(specs, shard))
             with (directory / shard).open("wb") as file:
-                file.write(_header({name: shapes[name] for name in names}, sizes, dtype))
-                for first in range(0, len(names), workers):
-                    some = names[first : first + workers]
-                    for tensor in pool.map(make, some, [shapes[name] for name in some]):
-                        file.write(tensor.contiguous().view(torch.uint8).numpy().data)
-                    done += sum(sizes[name] for name in some)
+                header, offsets = _header(specs)
+                file.write(header)
+                file.flush()
+
+                def write(group: str, to: int = file.fileno(), at: Offsets = offsets) -> int:
+                    for name, tensor in make(group).items():
+                        _write_all(to, tensor, at[name])
+                    return sizes[group]
+
+                for written in pool.map(write, names):
+                    done += written
                     if progress:
                         progress(done, total)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": shard_of}
         (directory / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def new_directory(directory: Path, needed: int) -> None:
+    """Makes an empty directory on a disk with `needed` bytes to spare.
+
+    Raises:
+        CheckpointError: it is not empty, cannot be made, or the disk is too small.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        occupied = any(directory.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"{directory}: {error.strerror}; choose another one") from error
+    if occupied:
+        raise CheckpointError(f"{directory}: not empty; choose a new directory")
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise CheckpointError(
+            f"{directory}: needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free; "
+            "cut the model with fewer layers or choose another disk"
+        )
+
+
+def _write_all(file: int, tensor: Tensor, offset: int) -> None:
+    memory = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    while memory:  # a call writes 2 GB at most
+        count = os.pwrite(file, memory, offset)
+        memory, offset = memory[count:], offset + count
 
 
 def _shard_of_tensor(directory: Path) -> dict[str, str]:
@@ -243,17 +301,22 @@ def _shard_name(number: int, count: int) -> str:
     return SINGLE if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
 
 
-def _header(shapes: dict[str, tuple[int, ...]], sizes: dict[str, int], dtype: torch.dtype) -> bytes:
+def _header(specs: Specs) -> tuple[bytes, Offsets]:
+    """A shard's head, and where in the file each tensor goes: the widest elements first.
+
+    So everything is aligned to its elements, which readers that map the file rely on.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for name, shape in shapes.items():
-        end = start + sizes[name]
+    start, starts = 0, {}
+    for name in sorted(specs, key=lambda name: -specs[name].dtype.itemsize):
+        spec, starts[name] = specs[name], start
         header[name] = {
-            "dtype": _NAME_OF[dtype],
-            "shape": list(shape),
-            "data_offsets": [start, end],
+            "dtype": _NAME_OF[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [start, start + spec.bytes],
         }
-        start = end
+        start += spec.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    head = len(text).to_bytes(8, "little") + text
+    return head, {name: len(head) + start for name, start in starts.items()}

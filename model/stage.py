@@ -10,10 +10,11 @@ from model.attention import Attention, Expansion
 from model.cache import LatentCache
 from model.config import CheckpointError, ModelConfig
 from model.context import StepContext
-from model.layers import MLP, Linear, RMSNorm, Slot, weight
+from model.layers import MLP, Linear, RMSNorm
 from model.layout import Cell, Layout
 from model.moe import ExpertExchange, LocalExperts, MoE
 from model.rope import Rope
+from model.weights import Rows, Slot, Value, WeightFormat, weight
 
 
 class Embedding(nn.Module):
@@ -27,7 +28,7 @@ class Embedding(nn.Module):
         return F.embedding(ids, self.weight)
 
     def slots(self, name: str) -> Iterator[Slot]:
-        yield f"{name}.weight", (self.weight,)
+        yield f"{name}.weight", Rows([self.weight])
 
 
 class Head(nn.Module):
@@ -36,7 +37,7 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.projection = Linear(config.hidden_size, config.vocab_size, dtype)
+        self.projection = Linear(config.hidden_size, config.vocab_size, WeightFormat(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [S, vocabulary] fp32 of hidden states [S, hidden]."""
@@ -54,20 +55,21 @@ class Layer(nn.Module):
         self,
         config: ModelConfig,
         feed_forward: MLP | MoE,
-        dtype: torch.dtype,
+        form: WeightFormat,
     ) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.attention_norm = RMSNorm(hidden, eps, dtype)
-        self.attention = Attention(config, dtype)
-        self.feed_forward_norm = RMSNorm(hidden, eps, dtype)
+        self.attention_norm = RMSNorm(hidden, eps, form.dtype)
+        self.attention = Attention(config, form)
+        self.feed_forward_norm = RMSNorm(hidden, eps, form.dtype)
         self.feed_forward = feed_forward
 
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], context: StepContext, cache: Tensor
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotation, context, cache)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        attended = self.attention(self.attention_norm(x), rotation, context, cache)
+        x, normed = self.feed_forward_norm.of_sum(x, attended)
+        return x + self.feed_forward(normed)
 
     def slots(self, name: str) -> Iterator[Slot]:
         yield from self.attention_norm.slots(f"{name}.input_layernorm")
@@ -82,6 +84,12 @@ class Stage(nn.Module):
     All ranks of a stage hold the same layers and meet in `exchange` once for each expert layer;
     each holds its own share of the routed experts. It computes once every tensor has been given
     to `load_tensor` and `finalize` was called; nothing can be loaded after that.
+
+    Weights that come in 8-bit floats, or are made so by `quantize`, stay so with `keep_fp8`, by
+    default everywhere but on CPUs: there they are widened to `dtype` when they are loaded.
+
+    Attributes:
+        dtype: of the hidden states.
     """
 
     def __init__(
@@ -93,14 +101,17 @@ class Stage(nn.Module):
         device: torch.device | str,
         exchange: ExpertExchange,
         quantize: str | None = None,
+        keep_fp8: bool | None = None,
     ) -> None:
         super().__init__()
-        held = layout.experts(cell.rank)
+        if keep_fp8 is None:
+            keep_fp8 = torch.device(device).type != "cpu"
+        held, form = layout.experts(cell.rank), WeightFormat(dtype, quantize, keep_fp8)
 
         def feed_forward(layer: int) -> MLP | MoE:
             if config.is_dense(layer):
-                return MLP(config.hidden_size, config.intermediate_size, dtype)
-            return MoE(config, held, dtype, exchange, quantize)
+                return MLP(config.hidden_size, config.intermediate_size, form)
+            return MoE(config, held, form, exchange)
 
         with torch.device(device):
             self.embedding = (
@@ -109,9 +120,10 @@ class Stage(nn.Module):
                 else None
             )
             self.layers = nn.ModuleList(
-                Layer(config, feed_forward(layer), dtype) for layer in layout.layers(cell.stage)
+                Layer(config, feed_forward(layer), form) for layer in layout.layers(cell.stage)
             )
             self.head = Head(config, dtype) if layout.has_head(cell.stage) else None
+        self.dtype = dtype
         self._cell = cell
         self._first_layer = layout.layers(cell.stage).start
         self._rope = Rope(config.rope, config.qk_rope_head_dim, device)
@@ -127,21 +139,23 @@ class Stage(nn.Module):
         if self.head is not None:
             yield from self.head.slots()
 
-    def load_tensor(self, name: str, tensor: Tensor) -> None:
-        """Copies one tensor of a checkpoint, under its name there, into its place.
+    def load_tensor(self, name: str, tensor: Value) -> None:
+        """Takes one tensor of a checkpoint, under its name there, to its place.
+
+        It may be kept as it is: nobody may change it afterwards.
 
         Raises:
             KeyError: not a tensor of this cell.
-            CheckpointError: not the shape that the configuration calls for.
+            CheckpointError: not the shape that the configuration calls for, or 8-bit floats
+                where the others of its kind are none.
         """
-        views = self._slots[name]
-        shape = (sum(len(view) for view in views), *views[0].shape[1:])
-        if tensor.shape != shape:
+        place = self._slots[name]
+        shape = (tensor if isinstance(tensor, Tensor) else tensor.data).shape
+        if shape != place.shape:
             raise CheckpointError(
-                f"{name}: shape {tuple(tensor.shape)} where config.json calls for {shape}"
+                f"{name}: shape {tuple(shape)} where config.json calls for {place.shape}"
             )
-        for view, rows in zip(views, tensor.split([len(view) for view in views]), strict=True):
-            view.copy_(rows)
+        place.put(tensor)
         self._missing.discard(name)
 
     def finalize(self) -> None:
@@ -155,7 +169,7 @@ class Stage(nn.Module):
                 f"cell {self._cell}: {len(self._missing)} tensors were not loaded, "
                 f"{min(self._missing)} among them; is the checkpoint complete?"
             )
-        self._slots.clear()  # views that would keep the weights as they were loaded
+        self._slots.clear()  # they would keep the weights as they were loaded
         for module in self.modules():
             if isinstance(module, Linear | Expansion | LocalExperts):
                 module.pack()

@@ -7,13 +7,14 @@ application and from the CLI's flags. Unknown keys are refused.
 from os import getuid
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from model.config import ModelConfig
 
 NANO = "nano"
+CPU_CACHE_TOKENS = 32768
 EXPERTS_OF_THE_236B = 160
 NANO_DIRECTORY = Path(__file__).resolve().parent.parent / "model" / "nano" / "checkpoint"
 
@@ -27,7 +28,9 @@ class ModelSettings(_Settings):
 
     path: str = Field(NANO, description="a checkpoint's folder, or `nano` for the bundled one")
     name: str | None = Field(None, description="model id that clients use; default: folder's name")
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="weights and cache")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="what is computed in, and stored unless another setting says less"
+    )
     quantize: Literal["int8"] | None = Field(
         None, description="routed experts in 8 bits, on CPUs: half the memory of bfloat16"
     )
@@ -72,11 +75,50 @@ class GangSettings(_Settings):
     threads: int = Field(1, ge=1, description="CPU threads of a rank")
     cpus: float = Field(0.1, gt=0, description="CPUs that Ray reserves for a rank")
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
-    cache_tokens: int = Field(
-        32768, ge=128, description="latent cache of each column of ranks, in tokens"
+    cache_tokens: Annotated[int, Field(ge=128)] | Literal["auto"] = Field(
+        "auto",
+        description="latent cache of each column of ranks, in tokens; auto: on GPUs what weights "
+        "and the largest step leave of their memory, which is measured; on CPUs 32768",
+    )
+    memory_fraction: float = Field(
+        0.9, gt=0, le=1, description="how much of a GPU's memory may be used"
+    )
+    graphs: Literal["auto", "off"] = Field(
+        "auto",
+        description="decode steps from CUDA graphs; auto: on GPUs, unless the exchange is "
+        "all_to_all, whose shapes depend on the routing",
+    )
+    cache_dtype: Literal["auto", "fp8"] = Field(
+        "auto",
+        description="auto: as the model; fp8: latents in 8-bit floats, 656 bytes a token and layer "
+        "instead of 1,152, for twice the tokens nearly",
+    )
+    kernels: Literal["auto", "reference", "triton", "library"] = Field(
+        "auto",
+        description="what computes: auto: the fastest that the device has (triton on GPUs); "
+        "reference: plain torch; triton: our own kernels, an error where they cannot run; "
+        "library: these, but for torch's grouped product for the experts, torch's flash "
+        "attention for prompts and, if it is installed, FlashMLA for decode",
     )
     start_timeout_s: float = Field(3600.0, gt=0, description="from launch to weights loaded")
-    step_timeout_s: float = Field(120.0, gt=0, description="longest step before the gang is lost")
+    step_timeout_s: float = Field(
+        60.0, gt=0, description="longest step before the gang counts as broken and is repaired"
+    )
+    gather_timeout_s: float = Field(
+        10.0,
+        gt=0,
+        description="in a repair: how long a rank that lives may take to answer before it is "
+        "replaced as well",
+    )
+    respawn_timeout_s: float = Field(
+        120.0,
+        gt=0,
+        description="in a repair: from the launch of a new rank until it connects, the wait for "
+        "a node included; past it the whole replica starts anew",
+    )
+    repair_timeout_s: float = Field(
+        600.0, gt=0, description="longest repair, the new rank's loading included; as above"
+    )
 
 
 class EngineSettings(_Settings):
@@ -87,6 +129,9 @@ class EngineSettings(_Settings):
     max_step_tokens: int = Field(512, ge=64, description="token budget of a step, per column")
     max_sequences: int = Field(256, ge=1, description="running sequences, per column")
     prefix_cache: bool = True
+    repairs_per_hour: int = Field(
+        6, ge=0, description="repairs of its gang; one more, and the whole replica starts anew"
+    )
 
 
 class RouterSettings(_Settings):
@@ -98,6 +143,12 @@ class RouterSettings(_Settings):
         512, ge=1, description="what is reserved at most for an answer of unknown length"
     )
     prefix_entries: int = Field(100_000, ge=0, description="pages the prefix index remembers")
+    silence_s: float = Field(
+        3.0,
+        ge=1.0,
+        description="a process of the fleet that says nothing for so long gets nothing new, and "
+        "what it has goes on elsewhere if it can",
+    )
 
 
 class IngressSettings(_Settings):
@@ -109,6 +160,21 @@ class IngressSettings(_Settings):
     max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024)
     max_choices: int = Field(16, ge=1, le=128, description="`n` × prompts of one request")
     max_logprobs: int = Field(20, ge=0)
+    resume_attempts: int = Field(
+        5,
+        ge=0,
+        description="engines that may be lost or may refuse a generation, one after another "
+        "without a token from any of them, before it fails",
+    )
+    resume_timeout_s: float = Field(
+        120.0, gt=0, description="longest pause of a generation whose engine was lost"
+    )
+    keep_alive_s: float = Field(
+        5.0, gt=0, description="a stream that says nothing for so long sends a comment"
+    )
+    max_unread_tokens: int = Field(
+        8192, ge=64, description="of a generation whose client does not read, before it is ended"
+    )
     stored_responses: int = Field(
         0, ge=0, description="answers of /v1/responses that are kept; 0: storing is off"
     )

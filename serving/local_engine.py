@@ -13,7 +13,7 @@ from serving.engine.request import Finish, FinishReason, Output, PromptScores, R
 from serving.engine.scheduler import Scheduler
 from serving.gang.gang import Gang, Progress
 from serving.gang.processes import ProcessLauncher
-from serving.specs import engine_limits, rank_specs
+from serving.specs import engine_limits, gang_bounds, rank_specs
 
 _LOOPBACK = "127.0.0.1"
 
@@ -64,7 +64,7 @@ class LocalEngine:
                     ended = True
                     if output.reason is FinishReason.LENGTH:
                         return
-                    raise GenerationFailed(f"{output.reason}: {output.message}")
+                    raise GenerationFailed(output.message)
                 ended = output.ends
                 yield output
         finally:
@@ -111,13 +111,19 @@ async def local_engine(
     """
     gang_settings = settings.gang
     secret = secrets.token_bytes(32)
-    gang = Gang(ProcessLauncher(), secret, gang_settings.stages, gang_settings.expert_parallel)
+    gang = Gang(
+        ProcessLauncher(),
+        secret,
+        gang_settings.stages,
+        gang_settings.expert_parallel,
+        gang_bounds(settings),
+    )
     specs = rank_specs(settings, _LOOPBACK, await gang.listen(_LOOPBACK), device)
     for spec in specs:
         spec.host = _LOOPBACK
         spec.trace = trace
     await gang.start(specs, gang_settings.start_timeout_s, progress)
-    engine = LocalEngine(Scheduler(engine_limits(settings)), gang, observer)
+    engine = LocalEngine(Scheduler(engine_limits(settings, gang.pages)), gang, observer)
     try:
         yield engine
     finally:

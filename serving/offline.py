@@ -36,7 +36,6 @@ from serving.ingress.sampling import SamplingRules
 from serving.ingress.text import TextStream
 from serving.ingress.tools import Tools, conversation
 from serving.local_engine import LocalEngine, local_engine
-from serving.specs import engine_limits
 
 Result = TypeVar("Result")
 Prompt = str | list[int]
@@ -135,7 +134,6 @@ class LLM:
         self._prompts = Prompts(self.tokenizer, lambda: self._context, fim)
         self._rules = SamplingRules(directory, self.config, _EVERYTHING)
         self._restrictions = Restrictions(directory)
-        self._context = engine_limits(self._settings).max_request_tokens
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="llm", daemon=True)
         self._thread.start()
@@ -145,6 +143,7 @@ class LLM:
         except BaseException:
             self.close()
             raise
+        self._context = self._engine.scheduler.limits.max_request_tokens
 
     def generate(
         self,

@@ -1,35 +1,26 @@
 """Every hot operation of the network under one signature, whatever the device.
 
-`reference` is plain torch, runs everywhere and is the truth. A device's own module holds what
-it does faster; an operation that it lacks falls back to the reference. Which implementation
-runs is decided by the device of the first tensor.
+`reference` is plain torch, runs everywhere and is the truth. Which implementation runs is
+decided once for each device (`model.ops.choice`), and the device is that of the first tensor.
 """
 
-from collections.abc import Callable
-from functools import cache
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
-from model.ops import cpu, reference
+from model.ops.choice import choose as choose
+from model.ops.choice import implementations
+from model.quantize import Fp8Weight
 
 # Routed experts in the form that a device computes with, which is its own affair.
 Experts = Any
 
-_KERNELS: dict[str, ModuleType] = {"cpu": cpu}
+
+def _run(name: str, first: Tensor | Fp8Weight, *rest: Any) -> Any:
+    return implementations(first.device.type)[name](first, *rest)
 
 
-@cache
-def _implementation(name: str, device: str) -> Callable[..., Any]:
-    return getattr(_KERNELS.get(device), name, None) or getattr(reference, name)
-
-
-def _run(name: str, first: Tensor, *rest: Any) -> Any:
-    return _implementation(name, first.device.type)(first, *rest)
-
-
-def pack(weight: Tensor) -> Tensor:
+def pack(weight: Tensor | Fp8Weight) -> Tensor | Fp8Weight:
     """A weight [out, in] as `linear` reads it fastest, perhaps opaque; perhaps the same one."""
     return _run("pack", weight)
 
@@ -39,17 +30,25 @@ def pack_heads(weight: Tensor) -> Tensor:
     return _run("pack_heads", weight)
 
 
-def pack_experts(gate_up: Tensor, down: Tensor, quantize: str | None = None) -> Experts:
+def pack_experts(
+    gate_up: Tensor | Fp8Weight,
+    down: Tensor | Fp8Weight,
+    quantize: str | None = None,
+    share: float = 1.0,
+) -> Experts:
     """Weights [E, 2 inter, H] and [E, H, inter] as `weighted_experts` reads them fastest.
 
     Args:
-        quantize: "int8": whole numbers with a scale for each row of a weight. Kernels for them
-            quantize their inputs too, row by row; the reference does not.
+        quantize: "int8": whole numbers with a scale for each row of a weight that is not in 8
+            bits already. Kernels for them quantize their inputs too, row by row; the reference
+            does not.
+        share: of all experts of the layer, how many are here: about so many of the ids that are
+            asked about, which kernels choose their tiles by.
     """
-    return _run("pack_experts", gate_up, down, quantize)
+    return _run("pack_experts", gate_up, down, quantize, share)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Fp8Weight) -> Tensor:
     """x [T, in] times the transpose of a weight [out, in], packed or not: [T, out]."""
     return _run("linear", x, weight)
 
@@ -67,6 +66,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _run("rms_norm", x, weight, eps)
 
 
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + delta [..., D], rounded to x's dtype, and `rms_norm` of that."""
+    return _run("add_rms_norm", x, delta, weight, eps)
+
+
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu of the first half of the last dimension times the second: [..., 2 D] to [..., D]."""
     return _run("silu_mul", gate_up)
@@ -81,7 +85,11 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def write_rows(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
-    """Puts rows [T, latent] at slots [T] of one layer's cache [pages, 64, latent]."""
+    """Puts rows [T, latent] at slots [T] of one layer's cache.
+
+    The cache is [pages, 64, latent] floats, or [pages, 64, bytes of a row] uint8: rows in 8-bit
+    floats, see `model.quantize`. So it is for all that reads it.
+    """
     _run("write_rows", cache, slots, rows)
 
 
@@ -133,7 +141,7 @@ def attend_pages(
 
     Args:
         query: [B, heads, latent].
-        cache: [all pages, 64, latent], one layer's.
+        cache: [all pages, 64, latent], one layer's, or as bytes.
         pages: [B, P] int64 page tables.
         lengths: [B] int64, keys that each sees, at least 1; in descending order.
         value_dim: width of a value.
@@ -186,3 +194,22 @@ def weighted_experts(
         [N, H] in hidden's dtype, summed in fp32.
     """
     return _run("weighted_experts", hidden, ids, weights, experts, first)
+
+
+def draw(logits: Tensor, keys: Tensor, limits: Tensor) -> Tensor:
+    """One token for each row, of those that its limits keep, as often as the softmax says.
+
+    Top-k comes first; top-p keeps the fewest of the likeliest that hold its share of what top-k
+    left; min-p keeps what is at least so likely relative to the likeliest. One is always kept.
+
+    Args:
+        logits: [R, V] fp32, not changed; -inf where a token is forbidden. A row with NaN, +inf
+            or nothing but -inf gets any token.
+        keys: [R] int64, from `draw_key`: of a row with the same key the draw is the same.
+        limits: [R, 4] fp64: temperature (0: the likeliest token, no draw), top-k (0: all),
+            top-p (1: all) and min-p (0: all).
+
+    Returns:
+        Token ids [R] int64.
+    """
+    return _run("draw", logits, keys, limits)

@@ -2,9 +2,8 @@
 
 Our own (`model.ops.native`) are for bf16 on CPUs with AVX-512 BF16. Everything else:
 
-Attention goes through the flash kernel, which never holds all scores at once. It wants keys and
-values of one width, so values are read together with their neighbours in memory and the surplus
-columns of the result are dropped.
+Attention goes through the flash kernel, which never holds all scores at once, and wants keys and
+values of one width.
 
 A bf16 weight in oneDNN's own order halves the time of a product with few rows, since oneDNN
 would else reorder the weight for every product.
@@ -15,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.ops import native, reference
+from model.ops.one_width import heads_first, one_width
+from model.quantize import Fp8Weight
 
 # Latents gathered at a time in decode: 19 MB in bf16, whatever the batch and its lengths.
 _GATHERED_TOKENS = 16384
@@ -25,7 +26,11 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _PACKS = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def pack(weight: Tensor) -> Tensor:
+def pack(weight: Tensor | Fp8Weight) -> Tensor | Fp8Weight:
+    return weight if isinstance(weight, Fp8Weight) else _packed(weight)
+
+
+def _packed(weight: Tensor) -> Tensor:
     if native.available(weight) and (panels := native.panels(weight)) is not None:
         return panels
     if not _PACKS or weight.dtype != torch.bfloat16:
@@ -40,8 +45,13 @@ def pack_heads(weight: Tensor) -> Tensor:
 
 
 def pack_experts(
-    gate_up: Tensor, down: Tensor, quantize: str | None = None
+    gate_up: Tensor | Fp8Weight,
+    down: Tensor | Fp8Weight,
+    quantize: str | None = None,
+    share: float = 1.0,
 ) -> reference.Experts | native.PanelExperts:
+    if isinstance(gate_up, Fp8Weight) or isinstance(down, Fp8Weight):
+        return reference.pack_experts(gate_up, down, quantize)
     if native.available(gate_up):
         packed = native.pack_experts(gate_up, down, quantize)
         if packed is not None:
@@ -49,10 +59,12 @@ def pack_experts(
     plain = reference.pack_experts(gate_up, down, quantize)
     if not _PACKS or gate_up.dtype != torch.bfloat16:
         return plain
-    return reference.Experts(*([pack(weight) for weight in weights] for weights in plain))
+    return reference.Experts(*([_packed(weight) for weight in weights] for weights in plain))
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Fp8Weight) -> Tensor:
+    if isinstance(weight, Fp8Weight):
+        return reference.linear(x, weight)
     if weight.dim() == _PANELS:
         return native.linear(x, weight)
     if not weight.is_mkldnn:
@@ -70,6 +82,11 @@ def linear_heads(x: Tensor, weight: Tensor) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = native.rms_norm(x, weight, eps) if native.available(x) else None
     return reference.rms_norm(x, weight, eps) if out is None else out
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + delta
+    return total, rms_norm(total, weight, eps)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -98,6 +115,8 @@ def weighted_experts(
 ) -> Tensor:
     if isinstance(experts, native.PanelExperts):
         return native.weighted_experts(hidden, ids, weights, experts, first)
+    if isinstance(experts.gate_up, Fp8Weight) or isinstance(experts.down, Fp8Weight):
+        return reference.weighted_experts(hidden, ids, weights, experts, first)
     return reference.weighted_experts(
         hidden, ids, weights, experts, first, grouped_linear=_expert_by_expert
     )
@@ -120,24 +139,10 @@ def attend(
         found = native.attend(query, key, shared_key, value, scale, causal)
         if found is not None:
             return found
-    (_, heads, width), nope, v = query.shape, key.shape[-1], value.shape[-1]
-    both = query.new_empty(len(key), heads, width + v)  # [m, heads, nope | rope | v]
-    both[..., :nope] = key
-    both[..., nope:width] = shared_key[:, None]
-    both[..., width:] = value
-    out, lse = _flash(
-        _heads_first(query),
-        _heads_first(both[..., :width]),
-        _heads_first(both[..., v:]),
-        is_causal=causal,
-        scale=scale,
-    )
-    return out[0].transpose(0, 1)[..., width - v :], lse[0].t()
-
-
-def _heads_first(x: Tensor) -> Tensor:
-    """[tokens, heads, D] as [1, heads, tokens, D]."""
-    return x.transpose(0, 1)[None]
+    keys, values = one_width(key, shared_key, value)
+    inputs = (heads_first(each) for each in (query, keys, values))
+    out, lse = _flash(*inputs, is_causal=causal, scale=scale)
+    return out[0].transpose(0, 1)[..., -value.shape[-1] :], lse[0].t()
 
 
 def attend_latents(

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.quantize import from_int8, int8
+from model.ops.race import draw as draw
+from model.quantize import Fp8Weight, fp8_rows, from_fp8, from_fp8_rows, from_int8, int8
 
-# Weights [out, in] of several experts, in one tensor or apart.
-Weights = Tensor | Sequence[Tensor]
+# Weights [out, in] of several experts: [experts, out, in] as floats of 8 bits or more, or apart.
+Weights = Tensor | Fp8Weight | Sequence[Tensor]
 
 
 class Experts(NamedTuple):
@@ -22,8 +23,13 @@ class Experts(NamedTuple):
     gate_up: Weights
     down: Weights
 
+    @property
+    def held(self) -> int:
+        """How many there are."""
+        return len(self.down.data if isinstance(self.down, Fp8Weight) else self.down)
 
-def pack(weight: Tensor) -> Tensor:
+
+def pack(weight: Tensor | Fp8Weight) -> Tensor | Fp8Weight:
     return weight
 
 
@@ -31,17 +37,24 @@ def pack_heads(weight: Tensor) -> Tensor:
     return weight
 
 
-def pack_experts(gate_up: Tensor, down: Tensor, quantize: str | None = None) -> Experts:
+def pack_experts(
+    gate_up: Tensor | Fp8Weight,
+    down: Tensor | Fp8Weight,
+    quantize: str | None = None,
+    share: float = 1.0,
+) -> Experts:
     return Experts(as_quantized(gate_up, quantize), as_quantized(down, quantize))
 
 
-def as_quantized(weights: Tensor, quantize: str | None) -> Tensor:
+def as_quantized(weights: Tensor | Fp8Weight, quantize: str | None) -> Tensor | Fp8Weight:
     """Weights with the error of the quantization, in their own dtype."""
-    return weights if quantize is None else from_int8(*int8(weights), weights.dtype)
+    if quantize is None or isinstance(weights, Fp8Weight):
+        return weights
+    return from_int8(*int8(weights), weights.dtype)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(x, weight)
+def linear(x: Tensor, weight: Tensor | Fp8Weight) -> Tensor:
+    return F.linear(x, weight if isinstance(weight, Tensor) else from_fp8(weight, x.dtype))
 
 
 def linear_heads(x: Tensor, weight: Tensor) -> Tensor:
@@ -52,6 +65,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * normed.to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + delta
+    return total, rms_norm(total, weight, eps)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -68,11 +86,19 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def write_rows(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
-    cache.flatten(0, 1)[slots] = rows.to(cache.dtype)
+    eight_bits = cache.dtype == torch.uint8
+    stored = fp8_rows(rows, cache.shape[-1]) if eight_bits else rows.to(cache.dtype)
+    cache.flatten(0, 1)[slots] = stored
 
 
 def read_rows(cache: Tensor, slots: Tensor, like: Tensor) -> Tensor:
-    return cache.flatten(0, 1).index_select(0, slots).to(like.dtype)
+    return _values(cache.flatten(0, 1).index_select(0, slots), like.shape[-1], like.dtype)
+
+
+def _values(stored: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Cache rows [..., width] of what is stored."""
+    eight_bits = stored.dtype == torch.uint8
+    return from_fp8_rows(stored, width, dtype) if eight_bits else stored.to(dtype)
 
 
 def attend(
@@ -101,7 +127,8 @@ def attend_latents(
 def attend_pages(
     query: Tensor, cache: Tensor, pages: Tensor, lengths: Tensor, value_dim: int, scale: float
 ) -> Tensor:
-    keys = cache[pages].flatten(1, 2).float()  # [B, P * 64, latent]
+    stored = cache[pages].flatten(1, 2)
+    keys = _values(stored, query.shape[-1], torch.float32)  # [B, P * 64, latent]
     unseen = torch.arange(keys.shape[1], device=query.device) >= lengths[:, None]
     keys = keys.masked_fill(unseen[..., None], 0.0)  # whatever a page held before, NaN included
     scores = torch.einsum("bhd,bmd->bhm", query.float(), keys) * scale
@@ -123,20 +150,27 @@ def route(
     scores = logits.softmax(-1)  # [T, experts]
     if groups > 1:
         grouped = scores.unflatten(-1, (groups, -1))  # [T, groups, experts / groups]
-        kept = grouped.amax(-1).topk(groups_kept).indices  # [T, groups_kept]
+        kept = _likeliest(grouped.amax(-1), groups_kept)[1]  # [T, groups_kept]
         barred = torch.ones(grouped.shape[:2], dtype=torch.bool, device=logits.device)
         barred.scatter_(1, kept, False)
         scores = grouped.masked_fill(barred[..., None], float("-inf")).flatten(1)
-    weights, ids = scores.topk(top_k, sorted=True)
+    weights, ids = _likeliest(scores, top_k)
     return ids, weights * scale
 
 
-def _grouped_linear(x: Tensor, weights: Weights, ends: Tensor) -> Tensor:
+def _likeliest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest of the last dimension and where they are; of equals, the first."""
+    values, places = scores.sort(dim=-1, descending=True, stable=True)
+    return values[..., :count], places[..., :count]
+
+
+def multiply_by_group(x: Tensor, weights: Weights, ends: Tensor) -> Tensor:
     """Rows of x up to ends[0] times weights[0], up to ends[1] times weights[1], …
 
     Rows past the last end come out as anything.
     """
-    assert isinstance(weights, Tensor)
+    assert isinstance(weights, Tensor | Fp8Weight)
+    weights = weights if isinstance(weights, Tensor) else from_fp8(weights, x.dtype)
     return F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
 
 
@@ -146,9 +180,9 @@ def weighted_experts(
     weights: Tensor,
     experts: Experts,
     first: int,
-    grouped_linear: Callable[[Tensor, Weights, Tensor], Tensor] = _grouped_linear,
+    grouped_linear: Callable[[Tensor, Weights, Tensor], Tensor] = multiply_by_group,
 ) -> Tensor:
-    (gate_up, down), (rows, top_k), held = experts, ids.shape, len(experts.gate_up)
+    (gate_up, down), (rows, top_k), held = experts, ids.shape, experts.held
     if rows == 0:
         return torch.zeros_like(hidden)
     local = (ids - first).flatten()

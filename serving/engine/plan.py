@@ -49,6 +49,7 @@ class RankPlan:
     finished: list[int] = field(default_factory=list)  # forget these, before anything else
     new: list[NewSequence] = field(default_factory=list)
     slices: list[Slice] = field(default_factory=list)
+    decode: bool = False  # every slice of every column is a single position
 
 
 @dataclass(slots=True)
@@ -99,7 +100,7 @@ class RankResult:
     compute_s: float = 0.0
     wait_s: float = 0.0  # waiting for the previous stage's hidden states
     exchange_s: float = 0.0  # inside expert exchanges, waiting for peers included
-    exchange_bytes: int = 0  # sent to peers
+    exchange_bytes: int = 0  # sent to peers; steps that a graph replays tell neither
     events: list[TraceEvent] = field(default_factory=list)  # of the host's clock; if traced
 
 

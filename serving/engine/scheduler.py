@@ -6,6 +6,7 @@ rest of this file is where pages come from and what happens when a result comes 
 """
 
 from bisect import insort
+from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -89,6 +90,8 @@ class Scheduler:
             raise RequestError("the prompt is empty")
         if min(request.prompt) < 0 or max(request.prompt) >= self.limits.vocab_size:
             raise RequestError("a token id is outside the vocabulary")
+        if not 0 <= request.generated < len(request.prompt):
+            raise RequestError("of a prompt, at least one token is the client's own")
         if request.max_tokens < (0 if request.scored else 1):
             raise RequestError("max_tokens must be at least 1, or 0 with prompt_logprobs")
         if total > limit:
@@ -117,9 +120,10 @@ class Scheduler:
         if not any(plan.slices for plan in columns):
             return None
         rows = [sum(piece.count for piece in plan.slices) for plan in columns]
+        decode = rows == [len(plan.slices) for plan in columns]
         flights = []
         for column, plan in enumerate(columns):
-            plan.rows = rows
+            plan.rows, plan.decode = rows, decode
             plan.finished, self._forget[column] = self._forget[column], []
             for piece in plan.slices:
                 sequence = self._by_id[piece.id]
@@ -129,8 +133,13 @@ class Scheduler:
         return StepPlan(step, columns)
 
     def complete(self, result: StepResult) -> list[Output]:
-        """Takes a step's result in; returns what it gave each request."""
+        """Takes a step's result in; returns what it gave each request.
+
+        A sequence that any rank reports an error for has failed, whatever the others say, and
+        nobody will find its pages in the cache.
+        """
         outputs: list[Output] = []
+        failed = {sample.id for sample in result.samples if sample.error is not None}
         for score in result.scores:
             scored = self._by_id.get(score.id)
             if scored is not None:
@@ -139,16 +148,42 @@ class Scheduler:
             sequence.in_flight -= 1
             if epoch == sequence.epoch:
                 sequence.computed = end
+                if sequence.id in failed:
+                    continue
                 self._name_pages(sequence)
                 if not sequence.request.max_tokens and end == sequence.known:
                     self._end(sequence)
                     finish = FinishReason.LENGTH
                     outputs.append(Finish(sequence.request.id, finish, stats=sequence.stats))
-        for sample in result.samples:
+        for sample in sorted(result.samples, key=lambda sample: sample.error is None):
             taker = self._by_id.get(sample.id)
             if taker is not None:
                 outputs.append(self._take_sample(taker, sample))
         return outputs
+
+    def restart(self, empty_columns: Iterable[int]) -> int:
+        """The ranks have forgotten every sequence, and the steps in flight are lost.
+
+        Whoever had a place waits for one again, with the tokens it has, and as important as it
+        was. Pages whose content is known still hold it, so that little is computed again.
+
+        Args:
+            empty_columns: but for these, where a rank has lost its cache.
+
+        Returns:
+            how many sequences had a place.
+        """
+        placed = [sequence for running in self._running for sequence in running]
+        for sequence in placed:
+            self._leave_column(sequence)
+            insort(self._waiting, sequence, key=_by_rank)
+        for column in empty_columns:
+            self._pools[column].forget()
+        for sequence in self._waiting:
+            sequence.in_flight = 0
+        self._in_flight.clear()
+        self._forget = [[] for _ in self._pools]
+        return len(placed)
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -221,7 +256,7 @@ class Scheduler:
             new = NewSequence(
                 sequence.id,
                 list(sequence.tokens),
-                len(sequence.request.prompt),
+                sequence.request.prompt_tokens,
                 sequence.request.sampling,
             )
             sequence.sent_tokens = sequence.known
@@ -256,7 +291,8 @@ class Scheduler:
         sequence.place(column, cached)
         insort(self._running[column], sequence, key=_by_rank)
         if sequence.epoch == 0:
-            sequence.stats.cached_tokens = sequence.scheduled
+            found = min(sequence.scheduled, sequence.request.prompt_tokens)
+            sequence.stats.cached_tokens = found
             self._prefix_query_tokens += sequence.known
             self._prefix_hit_tokens += sequence.scheduled
 
@@ -264,7 +300,7 @@ class Scheduler:
         """Puts the sequence's next `count` positions into the plan."""
         end = sequence.scheduled + count
         request = sequence.request
-        last_scored = min(end, len(request.prompt) - 1)
+        last_scored = min(end, request.prompt_tokens - 1)
         plan.slices.append(
             Slice(
                 sequence.id,
@@ -320,8 +356,9 @@ class Scheduler:
         elif sequence.stats.generated_tokens == request.max_tokens:
             output.finish = FinishReason.LENGTH
         if output.finish is not None:
-            output.stats = sequence.stats
             self._end(sequence)
+        if output.finish is not None or sequence.stats.generated_tokens == 1:
+            output.stats = sequence.stats
         return output
 
     def _end(self, sequence: Sequence) -> None:

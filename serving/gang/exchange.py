@@ -10,31 +10,56 @@ Both exchanges give what one rank with all experts would give, for every rank's 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from model.moe import ExpertExchange, LocalExperts
-from serving.gang.fabric import Fabric
+from serving.gang.fabric import EchoFabric, Fabric
 
 
 class StageExchange(ExpertExchange):
-    """An exchange that also keeps account of its time and traffic."""
+    """An exchange that also keeps account of its time and traffic.
+
+    Attributes:
+        static: whether shapes follow from `begin` alone, so that a graph can replay it.
+    """
+
+    static = False
 
     def __init__(self, fabric: Fabric, experts_total: int) -> None:
         self._fabric = fabric
+        self.ranks = fabric.size
         self._experts_per_rank = experts_total // fabric.size
         self._rows: Sequence[int] = ()
         self.seconds = 0.0
         self.bytes_sent = 0
         self.trace: Callable[[str, float, float], None] | None = None
 
+    def join(self, fabric: Fabric) -> None:
+        """Goes on with another group of the same ranks."""
+        self._fabric = fabric
+
     def begin(self, rows: Sequence[int]) -> None:
-        """Starts a step: how many rows each rank of the stage brings; resets the account."""
+        """Starts a step: how many rows each rank brings at most; resets the account."""
         self._rows = rows
         self.seconds = 0.0
         self.bytes_sent = 0
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Exchanges rows with itself in place of its peers, for the body of the `with`."""
+        fabric, self._fabric = self._fabric, EchoFabric(self._fabric.rank, self._fabric.size)
+        try:
+            yield
+        finally:
+            self._fabric = fabric
+
+    def check(self) -> None:
+        """Raises FabricError if a call of the step failed after it returned."""
+        self._fabric.check()
 
     def _count(self, started: float, tensor: Tensor, rows_away: int) -> None:
         ended = time.perf_counter()
@@ -47,6 +72,8 @@ class StageExchange(ExpertExchange):
 
 class GatherExchange(StageExchange):
     """All-gather, local experts, reduce-scatter."""
+
+    static = True
 
     def __call__(
         self, hidden: Tensor, ids: Tensor, weights: Tensor, experts: LocalExperts

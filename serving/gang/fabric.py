@@ -56,7 +56,46 @@ class Fabric(Protocol):
         """Sends `rows[p]` consecutive rows to each peer p, takes `out_rows[p]` from it."""
         ...
 
+    def check(self) -> None:
+        """Raises FabricError if a call failed after it returned.
+
+        Calls on a GPU only start work: once it has been waited for, this tells whether its
+        results are any good. Elsewhere a call that has returned is done.
+        """
+        ...
+
     def abort(self) -> None: ...
+
+
+class EchoFabric:
+    """A rank alone, with peers that bring what it brings itself: for trying out a step's size."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+
+    def send(self, tensor: Tensor, peer: int) -> None:
+        """The peer has no use for it."""
+
+    def recv(self, tensor: Tensor, peer: int) -> None:
+        tensor.zero_()
+
+    def all_gather(self, out: Tensor, tensor: Tensor) -> None:
+        out.copy_(tensor.expand_as(out))
+
+    def reduce_scatter(self, out: Tensor, tensor: Tensor) -> None:
+        out.copy_(tensor[self.rank])
+
+    def all_to_all(self, out: Tensor, tensor: Tensor, out_rows: list[int], rows: list[int]) -> None:
+        """Takes back what it sends, as far as it goes."""
+        count = min(len(out), len(tensor))
+        out[:count] = tensor[:count]
+
+    def check(self) -> None:
+        """Nothing can fail."""
+
+    def abort(self) -> None:
+        """Nothing waits."""
 
 
 class GlooFabric:
@@ -112,6 +151,9 @@ class GlooFabric:
 
     def all_to_all(self, out: Tensor, tensor: Tensor, out_rows: list[int], rows: list[int]) -> None:
         self._wait(self._start("alltoall_base", out, tensor, out_rows, rows))
+
+    def check(self) -> None:
+        """Nothing to add: calls wait for their work."""
 
     def abort(self) -> None:
         for connection in self._connections:

@@ -1,6 +1,6 @@
 """What a rank and its engine tell each other, besides plans and results."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from serving.engine.plan import RankPlan, RankResult
 from serving.wire import Codec
@@ -18,7 +18,7 @@ class RankSpec:
     dtype: str
     device: str
     exchange: str
-    pages: int  # of its cache, the dummy page included
+    pages: int  # of its cache, the dummy page included; 0: as many as fit
     threads: int
     engine_host: str
     engine_port: int
@@ -30,6 +30,14 @@ class RankSpec:
     quantize: str | None = None
     trace: bool = False
     fabric: str = "auto"  # auto, shared_memory or gloo; on CPUs alone
+    cache_dtype: str = "auto"  # auto (as `dtype`) or fp8
+    measure: bool = False  # ask the engine for the number of pages, after telling what would fit
+    memory_fraction: float = 0.9
+    step_tokens: int = 512
+    sequences: int = 256
+    longest: int = 0  # tokens of the longest sequence
+    graphs: bool = False  # of decode steps
+    kernels: str = "auto"  # auto (what the device prefers), reference, triton or library
 
     @property
     def cell(self) -> str:
@@ -38,13 +46,31 @@ class RankSpec:
 
 @dataclass(slots=True)
 class RankHello:
-    """First word of a rank. `offers` are its contributions to the rendezvous of the fabrics."""
+    """First word of a rank."""
 
     stage: int
     rank: int
     pid: int
     metrics_address: str
-    offers: dict[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Gather:
+    """A new generation of groups begins: leave those that there are, whatever hangs in them.
+
+    What the engine said before and the rank has not done yet is void, and so are the sequences
+    that it knows.
+    """
+
+    generation: int
+
+
+@dataclass(slots=True)
+class RankOffer:
+    """The rank is free, and this is its contribution to the rendezvous of the fabrics."""
+
+    generation: int
+    offers: dict[str, bytes]
 
 
 @dataclass(slots=True)
@@ -59,30 +85,58 @@ class FormGang:
 class LoadProgress:
     """How far one rank has read its weights."""
 
-    stage: int
-    rank: int
     bytes_done: int
     bytes_total: int
+
+
+@dataclass(slots=True)
+class RankMeasured:
+    """Weights loaded, and so many cache pages fit beside them and the largest step."""
+
+    pages: int
+
+
+@dataclass(slots=True)
+class CacheSize:
+    """All ranks have measured: what each can allocate, the dummy page included."""
+
+    pages: int
 
 
 @dataclass(slots=True)
 class RankReady:
     """Weights loaded, cache allocated, fabrics formed: plans may come."""
 
-    stage: int
-    rank: int
-    load_s: float
-    cache_bytes: int
+    generation: int
+
+
+@dataclass(slots=True)
+class GroupBroken:
+    """A group of the rank's is of no use any more; the rank itself is well and can gather."""
+
+    generation: int
+    message: str
 
 
 @dataclass(slots=True)
 class RankFailed:
     """The rank cannot go on; one line says why."""
 
-    stage: int
-    rank: int
     message: str
     user_error: bool = False  # the checkpoint or the settings are wrong: a retry is of no use
 
 
-GANG_CODEC = Codec(RankHello, FormGang, LoadProgress, RankReady, RankFailed, RankPlan, RankResult)
+GANG_CODEC = Codec(
+    RankHello,
+    Gather,
+    RankOffer,
+    FormGang,
+    LoadProgress,
+    RankMeasured,
+    CacheSize,
+    RankReady,
+    GroupBroken,
+    RankFailed,
+    RankPlan,
+    RankResult,
+)

@@ -169,6 +169,9 @@ class SharedMemoryFabric:
             target += out_rows[peer] * row
         self._exchange(outgoing, incoming)
 
+    def check(self) -> None:
+        """Nothing to add: calls wait for their work."""
+
     def abort(self) -> None:
         self._words[Plan.ABORTED] = 1
         for bell in self._bells.values():

@@ -2,24 +2,36 @@
 
 A worker remembers the sequences of its column (tokens, pages, sampling state) and applies the
 differences that plans carry. It knows tensors and fabrics, but neither sockets nor Ray.
+
+Where memory is short, the least important slices of a step fail, and the others go on. The rows
+of a failed slice stay part of what ranks hand each other, without meaning: so no other rank has to
+know. A rank can only drop slices before its peers meet it in the step, or after; one that is alone
+can also begin again.
 """
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from model.cache import LatentCache
 from model.context import Span, StepContext
+from model.graphs import DecodeGraphs
 from model.layout import Cell
 from model.sampling import SamplingRow, TokenCounts, sample, score
 from model.stage import Stage
 from serving.engine.plan import NewSequence, RankPlan, RankResult, Sample, Score, Slice
 from serving.gang.exchange import StageExchange
 from serving.gang.fabric import Fabric
-from serving.gang.grammars import Grammar, Grammars
 from serving.gang.trace import StepTrace
+
+if TYPE_CHECKING:  # a bare GPU machine has no llguidance
+    from serving.gang.grammars import Grammar, Grammars
+
+_NO_MEMORY = "the device is out of memory: try again later, or with a shorter prompt"
 
 
 @dataclass(slots=True)
@@ -29,7 +41,7 @@ class Resident:
     tokens: list[int]
     new: NewSequence
     counts: TokenCounts | None = None
-    grammar: Grammar | None = None
+    grammar: "Grammar | None" = None
     pages: list[int] = field(default_factory=list)
 
     @property
@@ -54,6 +66,9 @@ class Worker:
         exchange: the stage's expert exchange, or None with one rank.
         grammars: compiles what sequences are restricted to; the last stage must have one.
         trace: of the stage's parts, if results are to tell where their time went.
+        graphs: of decode steps, where the device launches them faster than Python.
+        reserve: makes sure of the memory that a step of so many rows takes; raises
+            torch.OutOfMemoryError when there is not so much.
     """
 
     def __init__(
@@ -64,8 +79,10 @@ class Worker:
         column: Fabric | None,
         exchange: StageExchange | None,
         hidden_size: int,
-        grammars: Grammars | None = None,
+        grammars: "Grammars | None" = None,
         trace: StepTrace | None = None,
+        graphs: DecodeGraphs | None = None,
+        reserve: Callable[[int], None] | None = None,
     ) -> None:
         self._cell = cell
         self._stage = stage
@@ -75,35 +92,58 @@ class Worker:
         self._hidden_size = hidden_size
         self._grammars = grammars
         self._trace = trace
+        self._graphs = graphs
+        self._reserve = reserve
         if trace is not None and exchange is not None:
             exchange.trace = trace.add
-        self._device, self._dtype = cache.rows.device, cache.rows.dtype
+        self._device, self._dtype = cache.rows.device, stage.dtype
         self._first = column is None or cell.stage == 0
         self._last = column is None or cell.stage == column.size - 1
         self._residents: dict[int, Resident] = {}
 
+    def join(self, column: Fabric | None, peers: Fabric | None) -> None:
+        """Takes up the groups of a new generation; the sequences of the old one are forgotten.
+
+        What is in the cache stays there.
+        """
+        self._residents.clear()
+        self._column = column
+        if self._graphs is not None:
+            self._graphs.forget()  # their exchanges are the old group's
+        if self._exchange is not None and peers is not None:
+            self._exchange.join(peers)
+
     @torch.inference_mode()
     def step(self, plan: RankPlan) -> RankResult:
-        """Runs one step; every rank of the gang must run the same steps in the same order."""
+        """Runs one step; every rank of the gang must run the same steps in the same order.
+
+        Raises:
+            FabricError: a peer is gone.
+        """
         begun = time.perf_counter()
         self._apply(plan)
-        rows = [max(count, 1) for count in plan.rows]  # a rank with nothing to do has a dummy row
-        if self._exchange is not None:
-            self._exchange.begin(rows)
-        context = self._context(plan)
         result = RankResult(plan.step, self._cell.stage, self._cell.rank)
+        rows = [max(count, 1) for count in plan.rows]  # a rank with nothing to do has a dummy row
+        bucket = None
+        if self._graphs is not None and plan.decode:
+            bucket = self._graphs.bucket(max(rows))
+        if self._exchange is not None:
+            self._exchange.begin(rows if bucket is None else [bucket] * len(rows))
+        kept = plan.slices if bucket is not None else self._affordable(plan.slices)
         started = time.perf_counter()
-        inputs = self._inputs(plan, rows[self._cell.rank])
+        hidden = self._receive(rows[self._cell.rank])
         arrived = time.perf_counter()
-        outputs = self._stage.forward(inputs, context, self._cache)
+        outputs, kept = self._compute(kept, hidden, bucket)
         computed = time.perf_counter()
         if self._last:
-            self._choose(plan, outputs, result)
+            kept = self._choose(kept, outputs, result)
         elif self._column is not None:
-            self._column.send(outputs, self._cell.stage + 1)
-        result.wait_s = arrived - started
+            self._column.send(_padded(outputs, rows[self._cell.rank]), self._cell.stage + 1)
+        for piece in plan.slices[len(kept) :]:
+            result.samples.append(Sample(piece.id, 0, error=_NO_MEMORY))
+        self._check()
         ended = time.perf_counter()
-        result.compute_s = ended - arrived
+        result.wait_s, result.compute_s = arrived - started, ended - arrived
         if self._exchange is not None:
             result.exchange_s = self._exchange.seconds
             result.exchange_bytes = self._exchange.bytes_sent
@@ -126,50 +166,111 @@ class Worker:
         for piece in plan.slices:
             self._residents[piece.id].append(piece)
 
-    def _context(self, plan: RankPlan) -> StepContext:
+    def _affordable(self, slices: list[Slice]) -> list[Slice]:
+        """The most important slices, as many as there is memory for."""
+        kept = slices
+        while self._reserve is not None and kept:
+            try:
+                self._reserve(sum(piece.count for piece in kept))
+                break
+            except torch.OutOfMemoryError:
+                kept = kept[:-1]
+        return kept
+
+    def _receive(self, rows: int) -> Tensor | None:
+        """Hidden states [rows, hidden] of the previous stage, if there is one."""
+        if self._first or self._column is None:
+            return None
+        hidden = torch.empty(rows, self._hidden_size, dtype=self._dtype, device=self._device)
+        self._column.recv(hidden, self._cell.stage - 1)
+        return hidden
+
+    def _compute(
+        self, slices: list[Slice], hidden: Tensor | None, bucket: int | None
+    ) -> tuple[Tensor, list[Slice]]:
+        """The stage's outputs, and the slices that they are of."""
+        while True:
+            try:
+                return self._forward(slices, hidden, bucket), slices
+            except torch.OutOfMemoryError:
+                if self._exchange is not None or self._column is not None or not slices:
+                    raise  # peers are waiting for what will not come: the gang must form again
+                slices = slices[:-1]
+
+    def _forward(self, slices: list[Slice], hidden: Tensor | None, bucket: int | None) -> Tensor:
         spans = [
             Span(
                 start=piece.start,
                 count=piece.count,
                 pages=self._residents[piece.id].pages,
-                logits=piece.count if piece.score else int(piece.sample),
+                logits=_logits(piece),
             )
-            for piece in plan.slices
+            for piece in slices
         ]
-        return StepContext.build(spans, self._device)
+        if bucket is not None and self._graphs is not None:
+            return self._graphs.run(bucket, spans, self._ids(slices) if hidden is None else hidden)
+        context = StepContext.build(spans, self._device)
+        if hidden is None:
+            ids = self._ids(slices) or [0]
+            inputs = torch.tensor(ids, dtype=torch.int64, device=self._device)
+        else:
+            inputs = hidden[: context.rows]
+        return self._stage.forward(inputs, context, self._cache)
 
-    def _inputs(self, plan: RankPlan, rows: int) -> Tensor:
-        """Token ids [rows] on the first stage, hidden states [rows, hidden] on the others."""
-        if not self._first and self._column is not None:
-            hidden = torch.empty(rows, self._hidden_size, dtype=self._dtype, device=self._device)
-            self._column.recv(hidden, self._cell.stage - 1)
-            return hidden
+    def _ids(self, slices: list[Slice]) -> list[int]:
+        """Token ids of the slices' rows."""
         ids: list[int] = []
-        for piece in plan.slices:
+        for piece in slices:
             tokens = self._residents[piece.id].tokens
             ids.extend(tokens[piece.start : piece.start + piece.count])
-        return torch.tensor(ids or [0], dtype=torch.int64, device=self._device)
+        return ids
 
-    def _choose(self, plan: RankPlan, logits: Tensor, result: RankResult) -> None:
-        """Samples and scores of a step: logits [S, vocabulary], slice by slice."""
+    def _choose(self, slices: list[Slice], logits: Tensor, result: RankResult) -> list[Slice]:
+        """Samples and scores of a step: logits [S, vocabulary], slice by slice.
+
+        Returns:
+            The slices that there was memory for.
+        """
+        while True:
+            try:
+                samples, scores = self._chosen(slices, logits)
+            except torch.OutOfMemoryError:
+                if not slices:
+                    raise
+                slices = slices[:-1]
+            else:
+                result.samples, result.scores = samples, scores
+                return slices
+
+    def _chosen(self, slices: Sequence[Slice], logits: Tensor) -> tuple[list[Sample], list[Score]]:
         drawn: list[Slice] = []
         rows: list[SamplingRow] = []
         where: list[int] = []
+        scores: list[Score] = []
         first = 0
-        for piece in plan.slices:
-            end = first + (piece.count if piece.score else int(piece.sample))
+        for piece in slices:
+            end = first + _logits(piece)
             if piece.score:
-                result.scores.append(self._score(piece, logits[first:end]))
+                scores.append(self._score(piece, logits[first:end]))
             if piece.sample:
                 drawn.append(piece)
                 rows.append(self._sampling_row(piece))
                 where.append(end - 1)
             first = end
         chosen = logits if len(where) == len(logits) else logits[where]
+        samples: list[Sample] = []
         for piece, token in zip(drawn, sample(chosen, rows), strict=True):
             grammar = self._residents[piece.id].grammar
             error = (grammar.error if grammar is not None else None) or token.error
-            result.samples.append(Sample(piece.id, token.token, token.logprob, token.top, error))
+            samples.append(Sample(piece.id, token.token, token.logprob, token.top, error))
+        return samples, scores
+
+    def _check(self) -> None:
+        """Raises FabricError if what a peer sent did not come, which a GPU tells only now."""
+        if self._column is not None:
+            self._column.check()
+        if self._exchange is not None:
+            self._exchange.check()
 
     def _sampling_row(self, piece: Slice) -> SamplingRow:
         resident = self._residents[piece.id]
@@ -191,3 +292,15 @@ class Worker:
         top = resident.new.sampling.prompt_logprobs or 0
         scored = score(logits[: len(targets)], targets, top)
         return Score(piece.id, start, [own for own, _ in scored], [likely for _, likely in scored])
+
+
+def _logits(piece: Slice) -> int:
+    """How many rows of logits a slice wants, its last ones."""
+    return piece.count if piece.score else int(piece.sample)
+
+
+def _padded(rows: Tensor, count: int) -> Tensor:
+    """Rows up to `count`; those of slices that failed are zeros."""
+    if len(rows) == count:
+        return rows
+    return torch.cat((rows, rows.new_zeros(count - len(rows), *rows.shape[1:])))

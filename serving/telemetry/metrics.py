@@ -29,6 +29,7 @@ ITL_BUCKETS = (*_MS[2:], *_TENTHS, 2.0, 5.0, 10.0)
 TTFT_BUCKETS = (*_MS[2:], *_TENTHS, *_SECONDS, *_MINUTES[:2])
 QUEUE_BUCKETS = (0.0005, *_MS, *_TENTHS, *_SECONDS, *_MINUTES[:2])
 E2E_BUCKETS = (*_MS[4:], *_TENTHS, *_SECONDS, *_MINUTES)
+REPAIR_SECONDS_BUCKETS = (0.5, 1.0, *_SECONDS[1:], *_MINUTES[:3])
 STEP_TOKENS_BUCKETS = tuple(float(2**power) for power in range(14))
 
 Endpoint = Literal["chat", "completions", "responses", "messages", "other"]
@@ -37,6 +38,7 @@ Phase = Literal["queued", "prefill", "decode"]
 _ENDPOINTS: tuple[Endpoint, ...] = get_args(Endpoint)
 _PHASES: tuple[Phase, ...] = ("queued", "prefill", "decode")
 _REFUSALS = ("full", "deadline", "too_long")
+_LOSSES = ("lost", "silent", "failed", "moved")
 
 
 class Sampled(Protocol):
@@ -128,6 +130,18 @@ class IngressMetrics:
             registry=registry,
         )
         self._disconnects = {phase: disconnects.labels(phase) for phase in _PHASES}
+        resumed = Counter(
+            "expertline_resumed_total",
+            "Generations that went on with another engine, by what became of the one before.",
+            ["reason"],
+            registry=registry,
+        )
+        self._resumed = {reason: resumed.labels(reason) for reason in _LOSSES}
+        self._given_up = Counter(
+            "expertline_given_up_total",
+            "Generations that failed because no engine could go on with them.",
+            registry=registry,
+        )
 
     def leased(self, queue_s: float) -> None:
         """A generation has its lease after waiting `queue_s`, and a stream opens."""
@@ -159,6 +173,15 @@ class IngressMetrics:
 
     def disconnected(self, phase: Phase) -> None:
         self._disconnects[phase].inc()
+
+    def resumed(self, reason: str) -> None:
+        """A generation goes on with another engine: its own was "lost" (the stream ended),
+        "silent", or "failed" the call; or it "moved" it."""
+        self._resumed[reason].inc()
+
+    def given_up(self) -> None:
+        """A generation has failed for want of an engine that could go on with it."""
+        self._given_up.inc()
 
 
 class RouterMetrics:
@@ -254,6 +277,17 @@ class EngineMetrics:
             buckets=STEP_TOKENS_BUCKETS,
             registry=registry,
         )
+
+        self._repair_seconds = Histogram(
+            "expertline_gang_repair_seconds",
+            "From the break of the ranks' gang until steps could run again; its count is repairs.",
+            buckets=REPAIR_SECONDS_BUCKETS,
+            registry=registry,
+        )
+
+    def repaired(self, seconds: float) -> None:
+        """The gang lost a rank, and is whole again after so long."""
+        self._repair_seconds.observe(seconds)
 
     def step(self, seconds: float, tokens: int) -> None:
         """A step has returned."""

@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from serving.engine.loop import EngineLoop, GangFailure, StepTimes
+from serving.engine.loop import EngineLoop, GangFailure, Repair, StepTimes
 from serving.engine.plan import StepPlan, StepResult
 from serving.engine.request import Finish, FinishReason, Request, RequestError, TokenOutput
 from serving.engine.scheduler import EngineLimits, Scheduler
@@ -24,6 +24,7 @@ class Room:
         self.gang = AsyncFakeGang(limits, by_itself)
         self.batches: list[list[TokenOutput | Finish]] = []
         self.observed: list[tuple[int, int, float]] = []
+        self.repairs: list[str] = []
         self.loop = EngineLoop(
             self.scheduler, self.gang, self._emit, count(0.0, 0.5).__next__, observer=self
         )
@@ -34,6 +35,9 @@ class Room:
 
     def step_finished(self, plan: StepPlan, result: StepResult, times: StepTimes) -> None:
         self.observed.append((plan.step, result.step, times.seconds))
+
+    def gang_repaired(self, repair: Repair, seconds: float, sequences: int) -> None:
+        self.repairs.append(f"{','.join(repair.cells)} replaced, {sequences} start over")
 
     @property
     def last(self) -> dict[str, TokenOutput | Finish]:
@@ -211,7 +215,7 @@ async def test_a_lost_gang_fails_every_request_and_ends_the_loop() -> None:
         assert set(it.last) == {"running", "in prefill", "waiting"}
         for finish in it.last.values():
             assert isinstance(finish, Finish)
-            assert (finish.reason, finish.message) == (FinishReason.ERROR, "rank 1.0 is gone")
+            assert (finish.reason, finish.message) == (FinishReason.MOVED, "rank 1.0 is gone")
         with pytest.raises(GangFailure, match="the gang is lost"):
             it.loop.submit(request("too late", [1], 1))
         it.loop.cancel("running")  # clients may still leave

@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from serving.engine.plan import RankResult, Sample, StepResult
 from serving.engine.request import Finish, FinishReason, Request, RequestError, TokenOutput
+from serving.engine.scheduler import Scheduler
 from tests.engine.fake_gang import POISON_MESSAGE, undisturbed
 from tests.engine.simulation import Simulation, limits, request, small_pages
 
@@ -544,6 +546,42 @@ def test_cancelling_what_is_over_or_unknown_does_nothing() -> None:
     simulation.drain()
     simulation.cancel("x")
     assert simulation.reasons["x"] is FinishReason.LENGTH
+
+
+# --- what graphs and failures need -------------------------------------------------------------
+
+
+def test_a_step_is_pure_decode_when_no_column_has_a_chunk() -> None:
+    scheduler = Scheduler(limits(columns=2))
+    scheduler.add(request("x", prompt(9), 5))
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert [column.decode for column in plan.columns] == [False, False]
+    results = [RankResult(plan.step, 0, rank) for rank in range(2)]
+    results[0].samples.append(Sample(1, 7))
+    scheduler.complete(StepResult(plan.step, results))
+    scheduler.add(request("y", [1], 5))
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert plan.rows == 2
+    assert [column.decode for column in plan.columns] == [True, True]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_what_one_rank_calls_failed_has_failed_whatever_others_say(first: int) -> None:
+    scheduler = Scheduler(limits())
+    scheduler.add(request("x", prompt(9), 5))
+    plan = scheduler.schedule()
+    assert plan is not None
+    results = [RankResult(plan.step, stage, 0) for stage in range(2)]
+    results[0].samples.append(Sample(1, 0, error="out of memory"))
+    results[1].samples.append(Sample(1, 7))
+    ordered = [results[first], results[1 - first]]
+    (output,) = scheduler.complete(StepResult(plan.step, ordered))
+    assert isinstance(output, Finish)
+    assert output.message == "out of memory"
+    assert scheduler.stats().columns[0].remembered == 0
+    assert scheduler.idle
 
 
 # --- integrity --------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 """The real exchanges: the network computes what transformers computes, over any layout."""
 
+from zlib import crc32
+
 import pytest
 import torch
 
 from model.config import ModelConfig
 from model.moe import LocalExperts
+from model.weights import WeightFormat
 from serving.gang.exchange import EXCHANGES
 from tests.gang.gloo import GROUPS, real_exchanges, together
 from tests.model.harness import Gang
@@ -25,13 +28,13 @@ def test_logits_equal_those_of_transformers(
     check_schedules(model, gang, SCHEDULES)
 
 
-def experts_of(config: ModelConfig, held: range) -> LocalExperts:
+def experts_of(config: ModelConfig, held: range, device: str = "cpu") -> LocalExperts:
     """Experts whose weights depend only on their id."""
-    experts = LocalExperts(config, held, torch.float32)
-    for index, expert in enumerate(held):
-        numbers = torch.Generator().manual_seed(expert)
-        for weights in (experts.gate_up, experts.down):
-            torch.nn.init.normal_(weights[index], std=0.1, generator=numbers)
+    with torch.device(device):
+        experts = LocalExperts(config, held, WeightFormat(torch.float32))
+    for name, place in experts.slots("experts"):
+        numbers = torch.Generator().manual_seed(crc32(name.encode()))
+        place.put(torch.empty(place.shape, device="cpu").normal_(std=0.1, generator=numbers))
     experts.pack()
     return experts
 

@@ -19,6 +19,7 @@ from model.context import Span, StepContext
 from model.layout import Cell, Layout
 from model.moe import ExpertExchange, LocalExchange, LocalExperts
 from model.stage import Stage
+from model.weights import Value
 
 torch.set_num_threads(1)
 
@@ -86,27 +87,40 @@ class Gang:
     def __init__(
         self,
         config: ModelConfig,
-        tensors: Mapping[str, Tensor],
+        tensors: Mapping[str, Value],
         stages: int = 1,
         ranks: int = 1,
         dtype: torch.dtype = torch.float32,
         pages: int = 96,
         exchanges: ExchangeFactory = thread_exchanges,
+        cache_dtype: torch.dtype | None = None,
+        quantize: str | None = None,
+        keep_fp8: bool = False,
     ) -> None:
         self.layout = Layout(config, stages, ranks)
         self._exchanges = [exchanges(self.layout) for _ in range(stages)]
-        self._cells = {cell: self._cell(config, cell, dtype) for cell in self.layout.cells}
+        self._cells = {
+            cell: Stage(
+                config,
+                self.layout,
+                cell,
+                dtype,
+                CPU,
+                self._exchanges[cell.stage][cell.rank],
+                quantize,
+                keep_fp8,
+            )
+            for cell in self.layout.cells
+        }
         for stage in self._cells.values():
             load(stage, tensors)
         self._caches = {
-            cell: LatentCache(config, len(self.layout.layers(cell.stage)), pages, dtype, CPU)
+            cell: LatentCache(
+                config, len(self.layout.layers(cell.stage)), pages, cache_dtype or dtype, CPU
+            )
             for cell in self.layout.cells
         }
         self._free_pages = [list(range(1, pages)) for _ in range(ranks)]
-
-    def _cell(self, config: ModelConfig, cell: Cell, dtype: torch.dtype) -> Stage:
-        exchange = self._exchanges[cell.stage][cell.rank]
-        return Stage(config, self.layout, cell, dtype, CPU, exchange)
 
     def open(self, tokens: Sequence[int], column: int = 0, pages: Sequence[int] = ()) -> Live:
         """A sequence whose first tokens are in `pages` already, all of each."""
@@ -160,7 +174,7 @@ class Gang:
             return list(threads.map(run, self._ranks))
 
 
-def load(stage: Stage, tensors: Mapping[str, Tensor]) -> None:
+def load(stage: Stage, tensors: Mapping[str, Value]) -> None:
     """Gives a stage those tensors of a checkpoint that are its own."""
     for name, tensor in tensors.items():
         try:

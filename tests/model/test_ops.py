@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import ops
-from model.ops import reference
+from model.ops import library, reference
 
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 DTYPES = list(TOLERANCES)
@@ -97,6 +97,14 @@ def test_rms_norm_casts_before_the_weight() -> None:
     assert torch.equal(ops.rms_norm(x, weight, 1e-6), weight * normed)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sum_is_rounded_before_it_is_normed(dtype: torch.dtype) -> None:
+    x, delta, weight = (torch.randn(*shape).to(dtype) for shape in ((4, 32), (4, 32), (32,)))
+    total, normed = ops.add_rms_norm(x, delta, weight, 1e-6)
+    assert torch.equal(total, x + delta)
+    assert torch.equal(normed, ops.rms_norm(x + delta, weight, 1e-6))
+
+
 def test_silu_mul_gates_the_second_half() -> None:
     x = torch.randn(4, 10)
     torch.testing.assert_close(ops.silu_mul(x), F.silu(x[:, :5]) * x[:, 5:])
@@ -118,6 +126,15 @@ def test_route_keeps_to_the_groups_with_the_best_experts() -> None:
     ids, weights = ops.route(logits, top_k=3, groups=4, groups_kept=2, scale=2.0)
     assert ids.tolist() == [[0, 3, 1]]
     torch.testing.assert_close(weights, 2.0 * logits.softmax(-1).gather(1, ids))
+
+
+@pytest.mark.parametrize("implementation", [ops, reference])
+def test_of_equally_likely_experts_the_first_are_chosen(implementation: object) -> None:
+    logits = torch.zeros(2, 12)
+    logits[1, [2, 9]] = 1.0
+    route = implementation.route  # type: ignore[attr-defined]
+    assert route(logits, 3, 1, 1, 1.0)[0].tolist() == [[0, 1, 2], [2, 9, 0]]
+    assert route(logits, 3, 4, 2, 1.0)[0].tolist() == [[0, 1, 2], [2, 9, 0]]
 
 
 def test_route_without_groups_is_plain_top_k() -> None:
@@ -156,7 +173,8 @@ def test_weighted_experts_sums_what_the_local_ones_say(rows: int, dtype: torch.d
     assert out.dtype == dtype
     close(out, dense_experts(hidden, ids, weights, gate_up, down, 4), dtype)
     plain = reference.pack_experts(gate_up, down)
-    close(reference.weighted_experts(hidden, ids, weights, plain, 4), out, dtype)
+    for kind in (reference, library):
+        close(kind.weighted_experts(hidden, ids, weights, plain, 4), out, dtype)
 
 
 def test_weighted_experts_of_rows_whose_experts_are_all_elsewhere_is_zero() -> None:

@@ -11,7 +11,7 @@ from transformers import DeepseekV2ForCausalLM
 from model.checkpoint import cell_bytes, check, describe, read_cell
 from model.config import CheckpointError, ModelConfig
 from model.layout import Cell, Layout
-from model.random_checkpoint import NANO, SHAPES, write_random
+from model.random_checkpoint import NANO, SHAPES, random_cell, write_random
 from model.shards import INDEX, SINGLE
 from model.tokenizer import Tokenizer
 
@@ -98,6 +98,16 @@ def test_weights_follow_from_the_seed_alone(tmp_path: Path) -> None:
     assert not torch.equal(a["lm_head.weight"], a["model.embed_tokens.weight"])
     assert a["lm_head.weight"].std() == pytest.approx(0.02, rel=0.01)
     assert (a["model.norm.weight"] == 1).all()
+
+
+def test_a_cell_that_is_made_is_the_one_that_is_written(tmp_path: Path) -> None:
+    write_random("nano", tmp_path, layers=2, seed=3)
+    config = ModelConfig.from_directory(tmp_path)
+    layout, cell = Layout(config, 2, 4), Cell(1, 2)
+    written = dict(read_cell(tmp_path, config, layout, cell, torch.bfloat16))
+    made = dict(random_cell(config, layout, cell, torch.bfloat16, "cpu", seed=3))
+    assert list(made) == list(written)
+    assert all(torch.equal(made[name], written[name]) for name in made)
 
 
 def test_progress_ends_at_the_whole_and_dtype_is_kept(tmp_path: Path) -> None:

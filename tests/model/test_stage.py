@@ -5,8 +5,9 @@ import torch
 
 from model.cache import LatentCache, bytes_per_page
 from model.config import CheckpointError
+from model.layers import Linear
 from model.layout import Cell, Layout
-from model.moe import LocalExchange
+from model.moe import LocalExchange, LocalExperts
 from model.stage import Stage
 from tests.model.harness import CPU, load
 from tests.model.oracle import oracle
@@ -47,8 +48,15 @@ def test_ends_of_the_model_live_on_the_end_stages() -> None:
 def test_weights_take_no_more_memory_than_the_checkpoint() -> None:
     model = oracle("nano")
     stage = stage_of("nano", 1, 1, Cell(0, 0))
+    load(stage, model.tensors)
     expected = sum(tensor.numel() for tensor in model.tensors.values())
-    assert sum(parameter.numel() for parameter in stage.parameters()) == expected
+    held = [*stage.parameters()]
+    for module in stage.modules():
+        if isinstance(module, Linear):
+            held.append(module.weight)
+        elif isinstance(module, LocalExperts):
+            held.extend(module._packed)
+    assert sum(tensor.numel() for tensor in held) == expected
 
 
 def test_another_shape_than_the_configuration_calls_for_is_refused() -> None:
