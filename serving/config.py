@@ -97,7 +97,8 @@ class GangSettings(_Settings):
         "auto",
         description="what computes: auto: the fastest that the device has (triton on GPUs); "
         "reference: plain torch; triton: our own kernels, an error where they cannot run; "
-        "library: these, but for torch's grouped product for the experts",
+        "library: these, but for torch's grouped product for the experts, torch's flash "
+        "attention for prompts and, if it is installed, FlashMLA for decode",
     )
     start_timeout_s: float = Field(3600.0, gt=0, description="from launch to weights loaded")
     step_timeout_s: float = Field(

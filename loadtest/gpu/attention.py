@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -89,7 +90,18 @@ def measure(device: torch.device, tiny: bool) -> Iterator[Figure]:
     yield Figure(ATTEND_ERROR, _error(Decode(16, 2, context), device), "")
     yield from _single(Decode(16, 1, 100 if tiny else 1024), device)
     for heads, tokens in ((16, 64 if tiny else 8192), (128, 32 if tiny else 4096)):
-        yield from _chunk(heads, tokens, device)
+        yield _chunk(heads, tokens, "", device)
+    if device.type == "cuda":
+        yield from _by_libraries(device)
+
+
+def _by_libraries(device: torch.device) -> Iterator[Figure]:
+    """The same by kernels that are not ours; without FlashMLA its figure is left out."""
+    ops.choose(device.type, "library", ["attend", "attend_pages"])
+    yield _chunk(16, 8192, ", torch's flash attention", device)
+    if find_spec("flash_mla") is not None:
+        yield from _decode(f"{ATTEND_128}, FlashMLA", Decode(128, 64, 8192), device)
+    ops.choose(device.type, "auto", ["attend", "attend_pages"])
 
 
 def _decode(name: str, case: Decode, device: torch.device) -> Iterator[Figure]:
@@ -118,9 +130,9 @@ def _seconds(case: Decode, device: torch.device) -> float:
 
 def _error(case: Decode, device: torch.device) -> float:
     """The largest error, as a share of the largest magnitude."""
-    query, *rest = case.inputs(device)
-    found = ops.attend_pages(query, *rest, _VALUE, _SCALE).double()
-    expected = _in_fp64(query, *rest)
+    query, cache, pages, lengths = case.inputs(device)
+    found = ops.attend_pages(query, cache, pages, lengths, _VALUE, _SCALE).double()
+    expected = _in_fp64(query, cache, pages, lengths)
     return float((found - expected).abs().max() / expected.abs().max())
 
 
@@ -131,7 +143,7 @@ def _in_fp64(query: Tensor, cache: Tensor, pages: Tensor, lengths: Tensor) -> Te
     return torch.einsum("bhm,bmv->bhv", scores.softmax(-1), rows[..., :_VALUE])
 
 
-def _chunk(heads: int, tokens: int, device: torch.device) -> Iterator[Figure]:
+def _chunk(heads: int, tokens: int, how: str, device: torch.device) -> Figure:
     """Causal attention of a whole prompt, expanded; half of all scores count."""
     query = torch.randn(tokens, heads, 192, device=device).to(_BF16)
     both = torch.randn(tokens, heads * 256, device=device).to(_BF16)
@@ -139,8 +151,8 @@ def _chunk(heads: int, tokens: int, device: torch.device) -> Iterator[Figure]:
     shared = torch.randn(tokens, _ROPE, device=device).to(_BF16)
     seconds = median_seconds(lambda: ops.attend(query, key, shared, value, _SCALE, True), device)
     flop = (192 + 128) * heads * tokens * (tokens + 1)
-    name = f"prefill attention, {heads} heads, {tokens} tokens"
-    yield Figure(name, flop / seconds / 1e12, "TFLOP/s")
+    name = f"prefill attention, {heads} heads, {tokens} tokens{how}"
+    return Figure(name, flop / seconds / 1e12, "TFLOP/s")
 
 
 def sweep(device: torch.device) -> Iterator[tuple[Decode, object, float]]:

@@ -54,7 +54,7 @@ _MODULES = {
     REFERENCE: ("reference",),
     "cpu": ("cpu",),
     "triton": _TRITON,
-    "library": ("library", *_TRITON),
+    "library": ("library", "library_attention", *_TRITON),
 }
 _PREFERRED = {"cpu": ("cpu",), "cuda": ("triton",)}
 
@@ -106,7 +106,10 @@ def _chosen(operation: str, device: str) -> tuple[str, Implementation]:
     kinds = _preferred(device) if forced is None else (forced,)
     for kind in (*kinds, REFERENCE):
         for module in modules_of(kind):
-            if (implementation := getattr(module, operation, None)) is not None:
+            implementation = getattr(module, operation, None)
+            # What a module has imported for its own use it does not offer.
+            own = kind == REFERENCE or getattr(implementation, "__module__", "") == module.__name__
+            if implementation is not None and own:
                 return kind, implementation
     raise NotImplementedError(operation)
 

@@ -2,9 +2,8 @@
 
 Our own (`model.ops.native`) are for bf16 on CPUs with AVX-512 BF16. Everything else:
 
-Attention goes through the flash kernel, which never holds all scores at once. It wants keys and
-values of one width, so values are read together with their neighbours in memory and the surplus
-columns of the result are dropped.
+Attention goes through the flash kernel, which never holds all scores at once, and wants keys and
+values of one width.
 
 A bf16 weight in oneDNN's own order halves the time of a product with few rows, since oneDNN
 would else reorder the weight for every product.
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.ops import native, reference
+from model.ops.one_width import heads_first, one_width
 from model.quantize import Fp8Weight
 
 # Latents gathered at a time in decode: 19 MB in bf16, whatever the batch and its lengths.
@@ -139,24 +139,10 @@ def attend(
         found = native.attend(query, key, shared_key, value, scale, causal)
         if found is not None:
             return found
-    (_, heads, width), nope, v = query.shape, key.shape[-1], value.shape[-1]
-    both = query.new_empty(len(key), heads, width + v)  # [m, heads, nope | rope | v]
-    both[..., :nope] = key
-    both[..., nope:width] = shared_key[:, None]
-    both[..., width:] = value
-    out, lse = _flash(
-        _heads_first(query),
-        _heads_first(both[..., :width]),
-        _heads_first(both[..., v:]),
-        is_causal=causal,
-        scale=scale,
-    )
-    return out[0].transpose(0, 1)[..., width - v :], lse[0].t()
-
-
-def _heads_first(x: Tensor) -> Tensor:
-    """[tokens, heads, D] as [1, heads, tokens, D]."""
-    return x.transpose(0, 1)[None]
+    keys, values = one_width(key, shared_key, value)
+    inputs = (heads_first(each) for each in (query, keys, values))
+    out, lse = _flash(*inputs, is_causal=causal, scale=scale)
+    return out[0].transpose(0, 1)[..., -value.shape[-1] :], lse[0].t()
 
 
 def attend_latents(

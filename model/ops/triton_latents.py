@@ -121,8 +121,8 @@ def attend_parts(
     """
     batch, heads, latent = query.shape
     tile = tile or tiles(heads, query.element_size(), parts.scales is not None)
-    paged = pages is not None
-    longest = pages.shape[1] * PAGE_TOKENS if pages is not None else parts.latents.shape[1]
+    paged, page_count = pages is not None, 0 if pages is None else pages.shape[1]
+    longest = parts.latents.shape[1] if pages is None else page_count * PAGE_TOKENS
     blocks = triton.cdiv(heads, tile.heads)
     if splits is None:
         slots = _multiprocessors(query.device) * tile.resident
@@ -134,7 +134,7 @@ def attend_parts(
     found_lse = lse if whole else lse.new_empty(batch, splits, heads)
     _attend_split[blocks, splits, batch](
         query.contiguous(), *parts, pages, lengths, found, found_lse,
-        scale, heads, longest, pages.shape[1] if paged else 0, *parts.strides,
+        scale, heads, longest, page_count, *parts.strides,
         SPLITS=splits, HEADS=tile.heads, TOKENS=tile.tokens, PAGE=PAGE_TOKENS, PAGED=paged,
         VALUE=value_dim, ROPE=latent - value_dim, QUANTIZED=parts.scales is not None,
         SCALED=BLOCK, num_warps=tile.warps, num_stages=tile.stages,

@@ -37,7 +37,7 @@ class RankSpec:
     sequences: int = 256
     longest: int = 0  # tokens of the longest sequence
     graphs: bool = False  # of decode steps
-    kernels: str = "auto"  # auto (what the device prefers), reference or triton
+    kernels: str = "auto"  # auto (what the device prefers), reference, triton or library
 
     @property
     def cell(self) -> str:

@@ -13,7 +13,7 @@ from model.ops import choice, cpu, reference
 @pytest.fixture(autouse=True)
 def _undone() -> Iterator[None]:
     yield
-    for device in ("cpu", "cuda"):
+    for device in ("cpu", "cuda", "meta"):
         choice.choose(device, "auto")
 
 
@@ -48,6 +48,14 @@ def test_a_forced_kind_runs_for_the_operations_named_until_it_is_left_to_the_dev
     assert choice.implementations("cpu")["linear"] is cpu.linear
     choice.choose("cpu", "auto")
     assert choice.implementations("cpu")["attend"] is cpu.attend
+
+
+def test_a_module_does_not_offer_what_it_imported_for_its_own_use() -> None:
+    choice.choose("meta", "library")
+    chosen = choice.implementations("meta")
+    assert chosen["weighted_experts"].__module__ == "model.ops.library"
+    assert chosen["attend"].__module__ == "model.ops.library_attention"
+    assert chosen["silu_mul"].__module__ not in ("model.ops.library", "model.ops.reference")
 
 
 @pytest.mark.parametrize(("kind", "operations"), [("fast", ["attend"]), ("cpu", ["atend"])])
