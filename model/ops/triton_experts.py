@@ -58,8 +58,8 @@ TILES: tuple[tuple[float, Tiles], ...] = (
 def pack_experts(
     gate_up: Weight, down: Weight, quantize: str | None = None, share: float = 1.0
 ) -> Experts:
-    both = (_contiguous(reference.as_quantized(weight, quantize)) for weight in (gate_up, down))
-    return Experts(*both, share=share)
+    gate_up, down = (reference.as_quantized(weight, quantize) for weight in (gate_up, down))
+    return Experts(_contiguous(gate_up), _contiguous(down), share)
 
 
 def weighted_experts(

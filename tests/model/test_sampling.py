@@ -16,7 +16,6 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from model.ops.race import draw_key, gumbel
 from model.sampling import SamplingRow, TokenCounts, sample, score
 from model.sampling_params import MAX_SEED, SamplingParams
 
@@ -154,50 +153,6 @@ def test_each_draw_of_a_sequence_is_new_and_each_repetition_the_same() -> None:
     tokens = [one(flat, SamplingParams(seed=3), position) for position in range(50)]
     assert tokens == [one(flat, SamplingParams(seed=3), position) for position in range(50)]
     assert len(set(tokens)) > 40
-
-
-def numbers(seeds: range, positions: range, vocab: int) -> np.ndarray:
-    """What the tokens race with, as uniform numbers: [seeds, positions, vocab]."""
-    keys = torch.tensor([draw_key(seed, position) for seed in seeds for position in positions])
-    found = gumbel(keys, vocab).double().neg().exp().neg().exp()
-    return found.view(len(seeds), len(positions), vocab).numpy()
-
-
-def test_numbers_are_uniform_and_independent_along_seeds_positions_and_tokens() -> None:
-    grid = numbers(range(64), range(32), 64)
-    assert 0.0 < grid.min() < 0.0005
-    assert 0.9995 < grid.max() < 1.0
-    counts = np.histogram(grid, bins=64, range=(0, 1))[0]
-    expected = grid.size / 64
-    assert ((counts - expected) ** 2 / expected).sum() < 63 + 5 * math.sqrt(126)
-    for axis in range(3):
-        for step in (1, 2, 16):
-            left, right = np.split(grid, [step], axis)[1], np.split(grid, [-step], axis)[0]
-            assert abs(np.corrcoef(left.ravel(), right.ravel())[0, 1]) < 5 / math.sqrt(left.size)
-    joint = np.histogram2d(grid[:-1].ravel(), grid[1:].ravel(), bins=16)[0]
-    expected = grid[1:].size / 256
-    assert ((joint - expected) ** 2 / expected).sum() < 255 + 5 * math.sqrt(510)
-
-
-def test_a_seeded_request_means_the_same_for_ever() -> None:
-    assert draw_key(0, 0) == -2152535657050944081
-    assert draw_key(MAX_SEED, 10**6) != draw_key(MAX_SEED - 1, 10**6)
-    found = gumbel(torch.tensor([draw_key(0, 0), draw_key(MAX_SEED, 9)]), 3)
-    expected = [[-0.26002756, 1.4701010, -0.18057734], [-0.07388860, -0.01445583, 1.2509813]]
-    torch.testing.assert_close(found, torch.tensor(expected))
-
-
-def test_a_draw_survives_logits_that_differ_in_the_last_bits() -> None:
-    """What another replica computes; inverting a distribution would move tokens by the dozen."""
-    logits = logits_of(11, 1)
-    nearly = logits * (1 + torch.randn(logits.shape) * 1e-6)
-    params = {"temperature": 1.3, "top_p": 0.999}
-    rows = [SamplingRow(SamplingParams(**params, seed=i), i) for i in range(2000)]  # type: ignore[arg-type]
-    tokens = [
-        [chosen.token for chosen in sample(some.expand(2000, -1), rows)]
-        for some in (logits, nearly)
-    ]
-    assert sum(a != b for a, b in zip(*tokens, strict=True)) <= 1
 
 
 @pytest.mark.parametrize("spread", [0.1, 3.0])

@@ -33,7 +33,7 @@ def experts(quantizer: str | None, dtype: torch.dtype) -> tuple[Weight, Weight]:
     )
     if quantizer is not None:
         return tuple(QUANTIZERS[quantizer](weight) for weight in both)  # type: ignore[return-value]
-    return tuple(weight.to(dtype) for weight in both)  # type: ignore[return-value]
+    return tuple(weight.to(dtype) for weight in both)
 
 
 def said(hidden: Tensor, ids: Tensor, weights: Tensor, gate_up: Weight, down: Weight) -> Tensor:
