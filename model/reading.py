@@ -71,6 +71,8 @@ def read_weights(
 
         for _ in range(2 * THREADS):
             begin_next()
+        if progress:
+            progress(0, total)
         while waiting:
             name, future = waiting.popleft()
             yield name, future.result()

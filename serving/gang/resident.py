@@ -16,17 +16,16 @@ from pathlib import Path
 import torch
 
 from model.cache import LatentCache
-from model.checkpoint import read_cell
 from model.config import CheckpointError, ModelConfig
-from model.layout import Cell, Layout
+from model.layout import Cell
 from model.moe import LocalExchange
 from model.quantize import FP8
-from model.stage import Stage
 from model.tokenizer import Tokenizer
 from serving.engine.plan import RankPlan
 from serving.gang.exchange import EXCHANGES, StageExchange
 from serving.gang.fabric import Fabric, FabricError, GlooFabric, host_store, join_store
 from serving.gang.grammars import Grammars
+from serving.gang.loading import load_stage
 from serving.gang.meeting import MOST_RANKS, Meeting, host_identity, join
 from serving.gang.messages import (
     GANG_CODEC,
@@ -45,7 +44,6 @@ from serving.telemetry.metrics import RankMetrics, new_registry
 from serving.wire import BlockingChannel, WireError
 
 log = get_logger("rank")
-_PROGRESS_S = 0.25
 _STORE = "store"
 _HOST = "host"  # followed by the cell
 
@@ -193,32 +191,21 @@ def _build_worker(spec: RankSpec, fabrics: Fabrics, channel: BlockingChannel) ->
     """Loads the cell's weights and allocates its cache; returns the cache's bytes too."""
     directory = Path(spec.model_directory)
     config = ModelConfig.from_directory(directory)
-    if spec.quantize is not None and spec.device != "cpu":
-        raise CheckpointError(f"model.quantize {spec.quantize} is for CPUs: leave it out on GPUs")
-    layout, cell = Layout(config, spec.stages, spec.ranks), Cell(spec.stage, spec.rank)
-    dtype, device = getattr(torch, spec.dtype), torch.device(spec.device)
     exchange: StageExchange | None = None
     if fabrics.peers is not None:
         exchange = EXCHANGES[spec.exchange](fabrics.peers, config.n_routed_experts)
-    exchanged = exchange or LocalExchange()
-    stage = Stage(config, layout, cell, dtype, device, exchanged, spec.quantize)
-    last_report = 0.0
 
-    def report(done: int, total: int) -> None:
-        nonlocal last_report
-        if done == total or time.monotonic() - last_report > _PROGRESS_S:
-            last_report = time.monotonic()
-            channel.send(LoadProgress(spec.stage, spec.rank, done, total))
+    def tell(done: int, total: int) -> None:
+        channel.send(LoadProgress(spec.stage, spec.rank, done, total))
 
-    for name, tensor in read_cell(directory, config, layout, cell, dtype, report):
-        stage.load_tensor(name, tensor)
-    stage.finalize()
-    cache_dtype = FP8 if spec.cache_dtype == "fp8" else dtype
-    cache = LatentCache(config, len(layout.layers(cell.stage)), spec.pages, cache_dtype, device)
+    stage = load_stage(spec, config, exchange or LocalExchange(), tell)
+    cache_dtype = FP8 if spec.cache_dtype == "fp8" else stage.dtype
+    cache = LatentCache(config, len(stage.layers), spec.pages, cache_dtype, spec.device)
     grammars = None
-    if layout.has_head(cell.stage):
+    if stage.head is not None:
         grammars = Grammars(lambda: Tokenizer.from_directory(directory, config))
     trace = StepTrace(stage) if spec.trace else None
+    cell = Cell(spec.stage, spec.rank)
     worker = Worker(
         cell, stage, cache, fabrics.column, exchange, config.hidden_size, grammars, trace
     )

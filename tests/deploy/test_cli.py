@@ -11,6 +11,12 @@ from typing import Any
 
 import pytest
 
+from deploy.checkpoints import made_if_random
+from deploy.errors import UsageError
+from deploy.loss import modes as loss_modes
+from model.random_checkpoint import write_random
+from serving.config import Settings
+
 NANO = Path(__file__).parents[2] / "model" / "nano" / "checkpoint"
 
 
@@ -91,6 +97,7 @@ def test_a_port_in_use_is_refused() -> None:
         (["fly"], "fly"),
         (["bench", "--model", "nano", "--exchange", "mail"], "exchange"),
         (["bench", "--model", "nano", "--quantize", "int3"], "quantize"),
+        (["checkpoint", "quantize", "from", "to"], "--fp8-block"),
         (["checkpoint", "random", "--shape", "huge", "--out", "x"], "huge"),
         (["loadtest", "--requests", "1", "--duration", "1"], "either"),
         (["loadtest", "--url", "http://127.0.0.1:9", "--requests", "1"], "127.0.0.1:9"),
@@ -160,10 +167,66 @@ def test_bench_writes_a_timeline_of_every_part(tmp_path: Path) -> None:
     )
 
 
-def test_loss_tells_what_eight_bits_cost() -> None:
-    result = expertline("loss", "--quantize", "int8", "--documents", "4", "--json")
+@pytest.mark.parametrize(
+    ("flags", "mode"),
+    [
+        (["--quantize", "int8"], "int8"),
+        (["--quantize", "fp8", "--cache-dtype", "fp8"], "fp8 + cache fp8"),
+    ],
+)
+def test_loss_tells_what_eight_bits_cost(flags: list[str], mode: str) -> None:
+    result = expertline("loss", *flags, "--documents", "4", "--json")
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
-    assert report["int8"]["tokens"] == report["bfloat16"]["tokens"] > 1000
+    assert list(report) == ["bfloat16", mode]
+    assert report[mode]["tokens"] == report["bfloat16"]["tokens"] > 1000
     assert 2 < report["bfloat16"]["perplexity"] < 40
-    assert report["perplexity_ratio"] == pytest.approx(1, abs=0.01)
+    assert report[mode]["perplexity_ratio"] == pytest.approx(1, abs=0.01)
+
+
+def test_loss_goes_through_all_modes_unless_some_are_named() -> None:
+    def modes(device: str, **bits: dict[str, str]) -> list[str]:
+        return list(loss_modes(Settings.model_validate(bits), device))
+
+    assert modes("cpu")[:3] == ["bfloat16", "int8", "fp8"]
+    assert "int8" not in modes("cuda")
+    assert modes("cuda", gang={"cache_dtype": "fp8"}) == ["bfloat16", "cache fp8"]
+    every = loss_modes(Settings(), "cpu").values()
+    assert len({(each.model.quantize, each.gang.cache_dtype) for each in every}) == len(every)
+
+
+def test_bench_compares_loading_with_the_disk(tmp_path: Path) -> None:
+    write_random("nano", tmp_path / "sharded", layers=2, shard_bytes=4_000_000)
+    model = ["--model", str(tmp_path / "sharded"), "--expert-parallel", "2"]
+    result = expertline("bench", "--load", *model, "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    size = sum(path.stat().st_size for path in (tmp_path / "sharded").glob("*.safetensors")) / 1e9
+    assert size < report["load_gigabytes"] < 2 * size  # the experts once, the rest twice
+    assert report["files"] > 1
+    assert report["load_gigabytes_per_second"] > 0
+    assert report["of_the_disk"] == pytest.approx(
+        report["load_gigabytes_per_second"] / report["disk_gigabytes_per_second"]
+    )
+
+
+def test_bench_runs_a_shape_without_a_file() -> None:
+    sizes = ["--batch", "2", "--prompt", "16", "--output", "4", "--json"]
+    result = expertline("bench", "--model", "random:nano:2", *sizes)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["decode_tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize("path", ["random:giant", "random:nano:x", "random:nano:9"])
+def test_a_shape_that_there_is_not_is_refused(path: str) -> None:
+    settings = Settings.model_validate({"model": {"path": path}})
+    with pytest.raises(UsageError, match="giant|layers"), made_if_random(settings):
+        pass
+
+
+def test_a_checkpoint_is_quantized(tmp_path: Path) -> None:
+    out = tmp_path / "quantized"
+    made = expertline("checkpoint", "quantize", "--fp8-tensor", str(NANO), str(out))
+    assert made.returncode == 0, made.stderr
+    found = expertline("checkpoint", "inspect", str(out), "--json")
+    assert json.loads(found.stdout)["config"]["quantization"] == "compressed-tensors"
