@@ -73,8 +73,9 @@ def modes(settings: Settings, device: str) -> dict[str, Settings]:
         return settings.model_copy(update={"model": model, "gang": gang})
 
     found: dict[str, Settings] = {settings.model.dtype: with_bits(None, "auto")}
-    quantize, cache_dtype = settings.model.quantize, settings.gang.cache_dtype
-    asked = [kind for kind in (quantize, cache_dtype == "fp8" and "cache fp8") if kind]
+    asked: list[str] = [settings.model.quantize] if settings.model.quantize else []
+    if settings.gang.cache_dtype == "fp8":
+        asked.append("cache fp8")
     if asked:
         return found | {" + ".join(asked): settings}
     for kind in ("int8", "fp8", "fp8_tensor") if device == "cpu" else ("fp8", "fp8_tensor"):

@@ -220,7 +220,7 @@ def test_bench_runs_a_shape_without_a_file() -> None:
 @pytest.mark.parametrize("path", ["random:giant", "random:nano:x", "random:nano:9"])
 def test_a_shape_that_there_is_not_is_refused(path: str) -> None:
     settings = Settings.model_validate({"model": {"path": path}})
-    with pytest.raises(UsageError, match="giant|layers"), made_if_random(settings):
+    with pytest.raises(UsageError, match=r"giant|layers"), made_if_random(settings):
         pass
 
 
