@@ -23,7 +23,7 @@ from serving.engine.loop import GangFailure, Repair, StepTimes
 from serving.engine.plan import StepPlan, StepResult
 from serving.engine.request import Request
 from serving.gang.gang import GangStartError
-from serving.local_engine import Completion, LocalEngine, local_engine
+from serving.local_engine import Completion, LocalEngine, device_of, local_engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +183,7 @@ async def _measure(
     prompts = [
         [numbers.randrange(vocabulary) for _ in range(plan.prompt)] for _ in range(plan.batch)
     ]
-    async with local_engine(settings, observer=recorder, trace=trace) as engine:
+    async with local_engine(settings, device_of(settings), recorder, trace=trace) as engine:
         await _run(engine, prompts[:1], 2, "warm-up")
         prefill = await _run(engine, prompts, 1, "prefill")
         recorder.reset()

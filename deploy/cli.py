@@ -26,7 +26,10 @@ ModelOption = Annotated[str | None, typer.Option(help="checkpoint folder, or `na
 StagesOption = Annotated[int | None, typer.Option(help="pipeline stages")]
 ExpertsOption = Annotated[int | None, typer.Option(help="expert-parallel ranks per stage")]
 DtypeOption = Annotated[str | None, typer.Option(help="float32 or bfloat16")]
-QuantizeOption = Annotated[str | None, typer.Option(help="int8: routed experts, on CPUs")]
+QuantizeOption = Annotated[
+    str | None, typer.Option(help="int8: routed experts, on CPUs; fp8 or fp8_tensor: matrices")
+]
+CacheDtypeOption = Annotated[str | None, typer.Option(help="fp8: latents in 8 bits")]
 ExchangeOption = Annotated[str | None, typer.Option(help="gather or all_to_all")]
 FabricOption = Annotated[str | None, typer.Option(help="auto, shared_memory or gloo, on CPUs")]
 ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads per rank")]
@@ -67,6 +70,7 @@ def up(
     exchange: ExchangeOption = None,
     threads: ThreadsOption = None,
     cache_tokens: CacheOption = None,
+    cache_dtype: CacheDtypeOption = None,
     max_model_len: Annotated[int | None, typer.Option(help="prompt + output tokens")] = None,
     host: Annotated[str | None, typer.Option(help="address to listen on")] = None,
     port: Annotated[int | None, typer.Option(help="port to listen on")] = None,
@@ -91,6 +95,7 @@ def up(
             "exchange": exchange,
             "threads": threads,
             "cache_tokens": cache_tokens,
+            "cache_dtype": cache_dtype,
         },
         "engine": {"replicas": replicas},
         "ingress": {"host": host, "port": port, "api_keys_file": api_keys_file},
@@ -120,6 +125,7 @@ def bench(
     expert_parallel: ExpertsOption = None,
     dtype: DtypeOption = None,
     quantize: QuantizeOption = None,
+    cache_dtype: CacheDtypeOption = None,
     exchange: ExchangeOption = None,
     fabric: FabricOption = None,
     threads: ThreadsOption = None,
@@ -128,10 +134,16 @@ def bench(
     output: Annotated[int, typer.Option(min=1, help="generated tokens of each")] = 64,
     seed: Annotated[int, typer.Option()] = 0,
     trace: Annotated[Path | None, typer.Option(help="write a Chrome trace of the steps")] = None,
+    load: Annotated[bool, typer.Option("--load", help="measure loading, not steps")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Engine speed without HTTP and without Ray: random prompts, no early stop."""
+    """Engine speed without HTTP and without Ray: random prompts, no early stop.
+
+    With --model random:SHAPE or random:SHAPE:LAYERS, ranks make their weights themselves.
+    """
+    from deploy import load_bench
     from deploy.bench import BenchPlan, run_bench, show
+    from deploy.checkpoints import made_if_random
     from deploy.preflight import check_model, load_settings
 
     flags: dict[str, dict[str, Any]] = {
@@ -142,15 +154,20 @@ def bench(
             "exchange": exchange,
             "fabric": fabric,
             "threads": threads,
+            "cache_dtype": cache_dtype,
         },
     }
-    settings = load_settings(None, flags)
-    check_model(settings)
-    report = run_bench(settings, BenchPlan(batch, prompt, output, seed), trace)
+    with made_if_random(load_settings(None, flags)) as settings:
+        check_model(settings)
+        if load:
+            report, shown = load_bench.run_load_bench(settings), load_bench.show
+        else:
+            report = run_bench(settings, BenchPlan(batch, prompt, output, seed), trace)
+            shown = show
     if as_json:
         print(json.dumps(report, indent=2))
     else:
-        show(report, _console)
+        shown(report, _console)
 
 
 @app.command()
@@ -160,16 +177,21 @@ def loss(
     expert_parallel: ExpertsOption = None,
     dtype: DtypeOption = None,
     quantize: QuantizeOption = None,
+    cache_dtype: CacheDtypeOption = None,
     documents: Annotated[int, typer.Option(min=1, help="pieces of held-out files")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Loss on held-out code; with --quantize, what it costs."""
+    """Loss on held-out code, and what fewer bits cost; all ways, or those that are named."""
     from deploy.loss import run_loss, show
     from deploy.preflight import check_model, load_settings
 
     flags: dict[str, dict[str, Any]] = {
         "model": {"path": model, "dtype": dtype, "quantize": quantize},
-        "gang": {"stages": stages, "expert_parallel": expert_parallel},
+        "gang": {
+            "stages": stages,
+            "expert_parallel": expert_parallel,
+            "cache_dtype": cache_dtype,
+        },
     }
     settings = load_settings(None, flags)
     check_model(settings)
@@ -222,11 +244,33 @@ def checkpoint_random(
     shape: Annotated[str, typer.Option(help="nano, bench-1b, lite or 236b")] = "nano",
     layers: Annotated[int | None, typer.Option(min=1, help="cut to this many layers")] = None,
     seed: Annotated[int, typer.Option()] = 0,
+    weights: Annotated[
+        bool, typer.Option(help="without, each rank makes its own on its device")
+    ] = True,
 ) -> None:
     """Write a random checkpoint in the Hugging Face layout."""
     from deploy.checkpoints import make_random
 
-    make_random(shape, out, layers, seed, _console)
+    make_random(shape, out, layers, seed, weights, _console)
+
+
+@checkpoints.command("quantize")
+def checkpoint_quantize(
+    source: Annotated[Path, typer.Argument(help="checkpoint folder")],
+    out: Annotated[Path, typer.Argument(help="new folder")],
+    fp8_block: Annotated[
+        bool, typer.Option("--fp8-block", help="8-bit floats, a scale for each 128 x 128")
+    ] = False,
+    fp8_tensor: Annotated[
+        bool, typer.Option("--fp8-tensor", help="8-bit floats, a scale for each matrix")
+    ] = False,
+) -> None:
+    """Write a checkpoint once more, its matrices in 8-bit floats."""
+    from deploy.checkpoints import quantize
+
+    if fp8_block == fp8_tensor:
+        raise UsageError("choose one of --fp8-block and --fp8-tensor")
+    quantize(source, out, "fp8-block" if fp8_block else "fp8-tensor", _console)
 
 
 @checkpoints.command("inspect")

@@ -8,9 +8,11 @@ import yaml
 from pydantic import ValidationError
 
 from deploy.errors import UsageError
+from model.cache import bytes_per_page
 from model.checkpoint import check
 from model.config import CheckpointError, ModelConfig
 from model.layout import Layout
+from model.quantize import FP8
 from model.tokenizer import Tokenizer
 from serving.config import Settings
 from serving.ingress.auth import ApiKeys, KeysError
@@ -56,6 +58,8 @@ def check_model(settings: Settings) -> ModelConfig:
         config = ModelConfig.from_directory(directory)
         Layout(config, settings.gang.stages, settings.gang.expert_parallel)
         check(directory, config)
+        if settings.gang.cache_dtype == "fp8":
+            bytes_per_page(config, 1, FP8)
         Tokenizer.from_directory(directory, config)
         ApiKeys(settings.ingress.api_keys_file)
     except (CheckpointError, KeysError) as error:

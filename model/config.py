@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+RANDOM_SEED = "expertline_random_seed"  # our own key of config.json
+
 
 class CheckpointError(Exception):
     """A directory that cannot be served as a DeepSeek-V2 model; one line, says what to do."""
@@ -72,6 +74,7 @@ class ModelConfig:
     eos_token_id: int
     rope: RopeConfig
     quantization: str | None = None  # method by which matrices came to be 8-bit floats
+    random_seed: int | None = None  # of weights that are made where they are used, not read
 
     @property
     def qk_head_dim(self) -> int:
@@ -144,6 +147,7 @@ class ModelConfig:
                 eos_token_id=raw["eos_token_id"],
                 rope=_rope(raw),
                 quantization=_quantization(raw, source),
+                random_seed=_random_seed(raw, source),
             )
         except KeyError as error:
             raise CheckpointError(f"{source}: {error.args[0]} is missing") from error
@@ -203,7 +207,7 @@ def _quantization(raw: dict[str, Any], source: str) -> str | None:
     method = said.get("quant_method") if isinstance(said, dict) else None
     try:
         if method == "fp8":
-            kinds = [("e4m3", said.get("fmt", "e4m3"))]
+            kinds: list[tuple[object, object]] = [("e4m3", said.get("fmt", "e4m3"))]
             kinds += [([128, 128], said.get("weight_block_size") or [128, 128])]
         elif method == "compressed-tensors":
             weights = [group["weights"] for group in said["config_groups"].values()]
@@ -220,6 +224,13 @@ def _quantization(raw: dict[str, Any], source: str) -> str | None:
                 f"only {known}, which are 8-bit floats; give the bfloat16 checkpoint"
             )
     return method
+
+
+def _random_seed(raw: dict[str, Any], source: str) -> int | None:
+    seed = raw.get(RANDOM_SEED)
+    if seed is not None and not isinstance(seed, int):
+        raise CheckpointError(f"{source}: {RANDOM_SEED} must be a whole number")
+    return seed
 
 
 def _check(config: ModelConfig, source: str) -> None:

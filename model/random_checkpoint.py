@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import STORED_AS, all_tensors, cell_tensors
-from model.config import CheckpointError, ModelConfig
+from model.config import RANDOM_SEED, CheckpointError, ModelConfig
 from model.layout import Cell, Layout
 from model.shards import Progress, TensorSpec, new_directory, write_shards
 
@@ -148,11 +148,16 @@ def write_random(
     dtype: torch.dtype = torch.bfloat16,
     shard_bytes: int = 4 * GIB,
     progress: Progress | None = None,
+    weights: bool = True,
 ) -> None:
     """Writes a random checkpoint of one of `SHAPES`, cut to `layers` layers if given.
 
     Streams: a few tensors are in memory at a time. config.json is written last, so that what
     an interrupted run leaves behind is never taken for a checkpoint.
+
+    Args:
+        weights: whether to write them. Without, config.json says that each rank makes its own by
+            `random_cell`: for models that are larger than the disk, or than one's patience.
 
     Raises:
         CheckpointError: unknown shape, dtype or number of layers; the directory is not empty,
@@ -160,14 +165,18 @@ def write_random(
     """
     raw = _config(shape, layers, dtype)
     config = ModelConfig.from_dict(raw, source=shape)
-    specs = {name: TensorSpec(dtype, shape) for name, shape in all_tensors(config).items()}
-    new_directory(directory, sum(spec.bytes for spec in specs.values()))
+    if weights:
+        specs = {name: TensorSpec(dtype, size) for name, size in all_tensors(config).items()}
+        new_directory(directory, sum(spec.bytes for spec in specs.values()))
 
-    def make(name: str) -> dict[str, Tensor]:
-        layers = config.num_hidden_layers
-        return {name: _random(name, specs[name].shape, seed, dtype, layers)}
+        def make(name: str) -> dict[str, Tensor]:
+            layers = config.num_hidden_layers
+            return {name: _random(name, specs[name].shape, seed, dtype, layers)}
 
-    write_shards(directory, {n: {n: s} for n, s in specs.items()}, make, shard_bytes, progress)
+        write_shards(directory, {n: {n: s} for n, s in specs.items()}, make, shard_bytes, progress)
+    else:
+        new_directory(directory, 0)
+        raw |= {RANDOM_SEED: seed}
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copyfile(NANO / name, directory / name)
     (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")

@@ -71,6 +71,8 @@ def read_weights(
 
         for _ in range(2 * THREADS):
             begin_next()
+        if progress:
+            progress(0, total)
         while waiting:
             name, future = waiting.popleft()
             yield name, future.result()
@@ -134,10 +136,7 @@ class _Staging:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, torch.cuda.Stream(device)
-        self._buffers = [
-            (torch.empty(_STAGING_BYTES, dtype=torch.uint8, pin_memory=True), torch.cuda.Event())
-            for _ in range(2)
-        ]
+        self._buffers = [(_pinned(_STAGING_BYTES), torch.cuda.Event()) for _ in range(2)]
 
     def bring(self, file: int, stored: StoredTensor) -> Tensor:
         """The tensor's bytes on the device, [bytes] uint8, all there."""
@@ -154,6 +153,11 @@ class _Staging:
                 emptied.record(self._stream)
         self._stream.synchronize()
         return whole
+
+
+def _pinned(count: int) -> Tensor:
+    """Memory that a device can copy from while the CPU does something else."""
+    return torch.empty(count, dtype=torch.uint8, pin_memory=True)
 
 
 def scaled(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Value:

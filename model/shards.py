@@ -128,7 +128,7 @@ def read_into(buffer: Tensor, file: int, stored: StoredTensor, start: int = 0) -
     Raises:
         CheckpointError: the file cannot be read or ends before the buffer is full.
     """
-    memory, done = memoryview(buffer.numpy()), 0
+    memory, done = buffer.numpy().data, 0
     try:
         while done < len(memory):  # a call reads 2 GB at most
             count = os.preadv(file, [memory[done:]], stored.offset + start + done)
@@ -216,7 +216,7 @@ def new_directory(directory: Path, needed: int) -> None:
 
 
 def _write_all(file: int, tensor: Tensor, offset: int) -> None:
-    memory = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    memory = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
     while memory:  # a call writes 2 GB at most
         count = os.pwrite(file, memory, offset)
         memory, offset = memory[count:], offset + count

@@ -31,8 +31,11 @@ class ModelSettings(_Settings):
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="what is computed in, and stored unless another setting says less"
     )
-    quantize: Literal["int8"] | None = Field(
-        None, description="routed experts in 8 bits, on CPUs: half the memory of bfloat16"
+    quantize: Literal["int8", "fp8", "fp8_tensor"] | None = Field(
+        None,
+        description="at load. int8: routed experts in 8 bits, on CPUs, half the memory of "
+        "bfloat16. fp8: all matrices in 8-bit floats with a scale for each block of 128 x 128; "
+        "fp8_tensor: with one for each matrix. On CPUs such matrices are widened again",
     )
     max_model_len: int | None = Field(
         None, ge=2, description="prompt + output tokens; default: what the cache can hold"

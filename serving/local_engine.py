@@ -93,6 +93,15 @@ class LocalEngine:
                 queue.put_nowait(output)
 
 
+def device_of(settings: Settings) -> str:
+    """`cpu` or `cuda`: as set, or as this machine suggests."""
+    if settings.gang.device != "auto":
+        return settings.gang.device
+    import torch  # not needed by an engine otherwise
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @asynccontextmanager
 async def local_engine(
     settings: Settings,

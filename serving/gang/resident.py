@@ -25,6 +25,7 @@ from serving.gang.messages import (
     FormGang,
     Gather,
     GroupBroken,
+    LoadProgress,
     RankFailed,
     RankHello,
     RankMeasured,
@@ -118,13 +119,16 @@ class _Resident:
         started = time.monotonic()
         if self._worker is None:
             self._worker, cache_bytes = build_worker(
-                self._spec, fabrics.column, fabrics.peers, self._channel.send, self._agreed
+                self._spec, fabrics.column, fabrics.peers, self._tell, self._agreed
             )
             self._metrics.loaded(time.monotonic() - started, cache_bytes)
         else:
             self._worker.join(fabrics.column, fabrics.peers)
         self._formed = True
         self._channel.send(RankReady(self._generation))
+
+    def _tell(self, done: int, total: int) -> None:
+        self._channel.send(LoadProgress(done, total))
 
     def _agreed(self, pages: int) -> int:
         """Tells the engine what this rank has room for; waits for what all have room for."""

@@ -11,6 +11,16 @@ from typing import Any
 
 import pytest
 
+from deploy.checkpoints import made_if_random
+from deploy.errors import UsageError
+from deploy.load_bench import run_load_bench
+from deploy.loss import modes as loss_modes
+from deploy.loss import run_loss
+from deploy.preflight import check_model
+from model.config import ModelConfig
+from model.random_checkpoint import write_random
+from serving.config import Settings
+
 NANO = Path(__file__).parents[2] / "model" / "nano" / "checkpoint"
 
 
@@ -91,6 +101,7 @@ def test_a_port_in_use_is_refused() -> None:
         (["fly"], "fly"),
         (["bench", "--model", "nano", "--exchange", "mail"], "exchange"),
         (["bench", "--model", "nano", "--quantize", "int3"], "quantize"),
+        (["checkpoint", "quantize", "from", "to"], "--fp8-block"),
         (["checkpoint", "random", "--shape", "huge", "--out", "x"], "huge"),
         (["loadtest", "--requests", "1", "--duration", "1"], "either"),
         (["loadtest", "--url", "http://127.0.0.1:9", "--requests", "1"], "127.0.0.1:9"),
@@ -163,7 +174,67 @@ def test_bench_writes_a_timeline_of_every_part(tmp_path: Path) -> None:
 def test_loss_tells_what_eight_bits_cost() -> None:
     result = expertline("loss", "--quantize", "int8", "--documents", "4", "--json")
     assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout)
-    assert report["int8"]["tokens"] == report["bfloat16"]["tokens"] > 1000
+    check_loss(json.loads(result.stdout), "int8")
+
+
+def test_loss_tells_what_eight_bits_in_weights_and_cache_cost() -> None:
+    bits = {"model": {"quantize": "fp8"}, "gang": {"cache_dtype": "fp8", "device": "cpu"}}
+    check_loss(run_loss(Settings.model_validate(bits), documents=2), "fp8 + cache fp8")
+
+
+def check_loss(report: dict[str, Any], mode: str) -> None:
+    assert list(report) == ["bfloat16", mode]
+    assert report[mode]["tokens"] == report["bfloat16"]["tokens"] > 500
     assert 2 < report["bfloat16"]["perplexity"] < 40
-    assert report["perplexity_ratio"] == pytest.approx(1, abs=0.01)
+    assert report[mode]["perplexity_ratio"] == pytest.approx(1, abs=0.01)
+    assert report[mode]["perplexity_ratio"] != 1
+
+
+def test_loss_goes_through_all_modes_unless_some_are_named() -> None:
+    def modes(device: str, **bits: dict[str, str]) -> list[str]:
+        return list(loss_modes(Settings.model_validate(bits), device))
+
+    assert modes("cpu")[:3] == ["bfloat16", "int8", "fp8"]
+    assert "int8" not in modes("cuda")
+    assert modes("cuda", gang={"cache_dtype": "fp8"}) == ["bfloat16", "cache fp8"]
+    every = loss_modes(Settings(), "cpu").values()
+    assert len({(each.model.quantize, each.gang.cache_dtype) for each in every}) == len(every)
+
+
+def test_bench_compares_loading_with_the_disk(tmp_path: Path) -> None:
+    directory = tmp_path / "sharded"
+    write_random("nano", directory, layers=2, shard_bytes=4_000_000)
+    gang = {"expert_parallel": 2, "cache_tokens": 128}
+    wanted = Settings.model_validate({"model": {"path": str(directory)}, "gang": gang})
+    report = run_load_bench(wanted)
+    size = sum(path.stat().st_size for path in directory.glob("*.safetensors")) / 1e9
+    assert size < report["load_gigabytes"] < 2 * size  # the experts once, the rest twice
+    assert report["files"] > 1
+    assert report["load_gigabytes_per_second"] > 0
+    assert report["of_the_disk"] == pytest.approx(
+        report["load_gigabytes_per_second"] / report["disk_gigabytes_per_second"]
+    )
+
+
+def test_a_shape_without_a_file_can_be_run_but_not_loaded() -> None:
+    settings = Settings.model_validate({"model": {"path": "random:nano:2"}})
+    with made_if_random(settings) as made:
+        assert check_model(made).num_hidden_layers == 2
+        assert made.model.served_name == "nano"
+        with pytest.raises(UsageError, match="random weights are not loaded"):
+            run_load_bench(made)
+    assert not made.model.directory.exists()
+
+
+@pytest.mark.parametrize("path", ["random:giant", "random:nano:x", "random:nano:9"])
+def test_a_shape_that_there_is_not_is_refused(path: str) -> None:
+    settings = Settings.model_validate({"model": {"path": path}})
+    with pytest.raises(UsageError, match=r"giant|layers"), made_if_random(settings):
+        pass
+
+
+def test_a_checkpoint_is_quantized(tmp_path: Path) -> None:
+    out = tmp_path / "quantized"
+    made = expertline("checkpoint", "quantize", "--fp8-tensor", str(NANO), str(out))
+    assert made.returncode == 0, made.stderr
+    assert ModelConfig.from_directory(out).quantization == "compressed-tensors"

@@ -13,7 +13,6 @@ from serving.gang.members import Member, Members
 from serving.gang.messages import (
     GANG_CODEC,
     CacheSize,
-    LoadProgress,
     RankHello,
     RankMeasured,
     RankSpec,
@@ -37,7 +36,7 @@ def gpu_spec(**gang: object) -> RankSpec:
 
 
 def test_on_gpus_a_rank_finds_out_how_many_pages_fit_and_takes_what_all_have() -> None:
-    told: list[LoadProgress] = []
+    told: list[tuple[int, int]] = []
     asked: list[int] = []
 
     def agree(pages: int) -> int:
@@ -46,9 +45,9 @@ def test_on_gpus_a_rank_finds_out_how_many_pages_fit_and_takes_what_all_have() -
 
     memory = CountedMemory(used=300 * 5 * 64 * 576 * 4)
     worker, cache_bytes = build_worker(
-        gpu_spec(), None, None, told.append, agree, memory, call_again
+        gpu_spec(), None, None, lambda *progress: told.append(progress), agree, memory, call_again
     )
-    assert told[-1].bytes_done == told[-1].bytes_total > 0
+    assert told[-1][0] == told[-1][1] > 0
     assert asked == [1000 - 300 - 100 - 64]
     assert cache_bytes == 20 * 5 * 64 * 576 * 4
     assert worker._graphs is not None
@@ -65,7 +64,7 @@ def test_a_number_of_tokens_that_was_set_counts_if_they_fit() -> None:
         asked.append(pages)
         return pages
 
-    worker, _ = build_worker(spec, None, None, lambda progress: None, agree, memory)
+    worker, _ = build_worker(spec, None, None, lambda done, total: None, agree, memory)
     assert asked == [11]
     assert worker._graphs is None
 
@@ -78,7 +77,7 @@ def test_a_rank_that_comes_back_takes_the_others_number_and_records_when_they_do
         raise AssertionError("the others have agreed before")
 
     worker, cache_bytes = build_worker(
-        spec, None, None, lambda progress: None, agree, CountedMemory(), call_again
+        spec, None, None, lambda done, total: None, agree, CountedMemory(), call_again
     )
     assert cache_bytes == 9 * 5 * 64 * 576 * 4
     assert worker._graphs is not None
@@ -89,7 +88,7 @@ def test_a_new_group_makes_graphs_of_the_old_one_void() -> None:
     spec = gpu_spec(expert_parallel=1)
     spec.ranks = 2
     worker, _ = build_worker(
-        spec, None, EchoFabric(0, 2), lambda progress: None, lambda pages: 20,
+        spec, None, EchoFabric(0, 2), lambda done, total: None, lambda pages: 20,
         CountedMemory(), call_again,
     )  # fmt: skip
     assert worker._graphs is not None
@@ -102,7 +101,7 @@ def test_int8_is_for_cpus() -> None:
     spec = gpu_spec()
     spec.quantize, spec.device = "int8", "cuda"
     with pytest.raises(CheckpointError, match="for CPUs"):
-        build_worker(spec, None, None, lambda progress: None, lambda pages: pages)
+        build_worker(spec, None, None, lambda done, total: None, lambda pages: pages)
 
 
 def test_cpus_get_a_fixed_number_and_gpus_none() -> None:

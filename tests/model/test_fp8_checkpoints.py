@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from model import reading
 from model.checkpoint import check, describe, read_cell
 from model.config import CheckpointError, ModelConfig
 from model.layout import Cell, Layout
 from model.quantize import FP8, Fp8Weight, fp8_per_block, fp8_per_tensor, from_fp8
 from model.quantized_checkpoint import KINDS, is_quantized, write_quantized
 from model.random_checkpoint import NANO, write_random
-from model.shards import INDEX, SINGLE
+from model.shards import INDEX, SINGLE, read_header
 from tests.model.harness import Gang
 from tests.model.oracle import oracle
 from tests.model.test_parity import random_tokens
@@ -227,3 +229,46 @@ def test_a_file_that_shrinks_while_it_is_read_ends_the_reading(tmp_path: Path) -
         file.truncate(10_000_000)
     with pytest.raises(CheckpointError, match="ends in the middle of a tensor"):
         dict(tensors)
+
+
+class FakeEvent:
+    def __init__(self) -> None:
+        self.order: list[str] = []
+
+    def synchronize(self) -> None:
+        self.order.append("emptied")
+
+    def record(self, stream: object) -> None:
+        self.order.append("copied")
+
+
+class FakeStream:
+    def __init__(self, device: torch.device) -> None:
+        self.waits = 0
+
+    def wait_stream(self, other: object) -> None:
+        self.waits += 1
+
+    def synchronize(self) -> None:
+        self.waits += 1
+
+
+def test_staging_fills_a_buffer_while_the_other_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way to a GPU with a CPU in its place: bytes, buffers and their turns."""
+    monkeypatch.setattr("torch.cuda.Stream", FakeStream)
+    monkeypatch.setattr("torch.cuda.Event", FakeEvent)
+    monkeypatch.setattr("torch.cuda.stream", nullcontext)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: None)
+    monkeypatch.setattr(reading, "_STAGING_BYTES", 1000)
+    monkeypatch.setattr(reading, "_pinned", lambda count: torch.zeros(count, dtype=torch.uint8))
+    path = tmp_path / SINGLE
+    save_file({"a": torch.arange(1111, dtype=torch.int32)}, path)
+    stored = read_header(path)["a"]
+    staging = reading._Staging(torch.device("cpu"))
+    with path.open("rb") as file:
+        whole = staging.bring(file.fileno(), stored)
+    assert torch.equal(whole.view(torch.int32), torch.arange(1111, dtype=torch.int32))
+    orders = [event.order for _, event in staging._buffers]
+    assert orders == [["emptied", "copied"] * 3, ["emptied", "copied"] * 2]
