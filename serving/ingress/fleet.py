@@ -179,7 +179,8 @@ class FleetClient:
         log.event("WARNING", "client.stalled", request=request_id)
         self._inboxes[request_id].fail(ApiError(408, "The client does not read its answer."))
         held = self._held.get(request_id)
-        self.close_request(request_id, held and held.engine_id, finished=False)
+        engine_id = None if held is None else held.engine_id
+        self.close_request(request_id, engine_id, finished=False)
 
     def _release(self, request_id: str) -> None:
         if request_id in self._held:
