@@ -87,6 +87,12 @@ class EngineSettings(_Settings):
     max_step_tokens: int = Field(512, ge=64, description="token budget of a step, per column")
     max_sequences: int = Field(256, ge=1, description="running sequences, per column")
     prefix_cache: bool = True
+    move_after_s: float = Field(
+        2.0,
+        ge=0,
+        description="requests of an engine that is under repair for so long go on with another "
+        "one, if one serves",
+    )
 
 
 class RouterSettings(_Settings):
