@@ -291,8 +291,8 @@ class Scheduler:
         sequence.place(column, cached)
         insort(self._running[column], sequence, key=_by_rank)
         if sequence.epoch == 0:
-            found = min(sequence.scheduled, sequence.request.prompt_tokens)
-            sequence.stats.cached_tokens = found
+            own = sequence.request.prompt_tokens
+            sequence.stats.cached_tokens = min(sequence.scheduled, own)
             self._prefix_query_tokens += sequence.known
             self._prefix_hit_tokens += sequence.scheduled
 

@@ -77,7 +77,7 @@ class Members:
         self.started = False
         self.pages = 0  # of every rank's cache, where the ranks have measured
         self.torn: str | None = None  # why the current generation can do no more steps
-        self.progress: Progress = lambda done, total: None
+        self.progress: Progress = lambda done, total: None  # of the start
 
     async def listen(self, host: str) -> int:
         """Opens the port that ranks connect to."""
@@ -169,6 +169,10 @@ class Members:
             self.torn = reason
             self.wake()
 
+    def _report_progress(self) -> None:
+        here = self.here.values()
+        self.progress(sum(rank.bytes_done for rank in here), sum(rank.bytes_total for rank in here))
+
     def _agree(self) -> None:
         """Once all have measured, the rank with the least memory decides."""
         here = self.here.values()
@@ -219,8 +223,8 @@ class Members:
                 self.tear(f"rank {cell_name(cell)}: {message.message}")
             case LoadProgress():
                 rank.bytes_done, rank.bytes_total = message.bytes_done, message.bytes_total
-                here = self.here.values()
-                self.progress(sum(r.bytes_done for r in here), sum(r.bytes_total for r in here))
+                if not self.started:
+                    self._report_progress()
             case RankFailed():
                 text = message.message
                 if not message.user_error:

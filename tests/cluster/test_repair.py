@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 ASK = {
     "model": "nano",
     "prompt": "def main():\n",
-    "max_tokens": 600,
+    "max_tokens": 240,
     "temperature": 0,
     "ignore_eos": True,
 }
@@ -49,6 +49,5 @@ async def test_a_stream_outlives_a_rank_and_its_engine_stays(server: Server) -> 
     after = find(server, "ray::Rank")
     assert len(after) == 4
     assert set(ranks) - set(after) == {victim}
-    assert metric(server, "expertline_cache_bytes") > 0  # of the new rank as well: see its address
-    cells = httpx.get(f"{server.url}/metrics").text.count("expertline_cache_bytes{")
-    assert cells == 4
+    text = httpx.get(f"{server.url}/metrics").text
+    assert text.count("expertline_cache_bytes{") == 4  # the new rank's metrics are found as well

@@ -122,6 +122,7 @@ async def started(
         yield gang
     finally:
         await gang.stop()
+    assert len(seen) == 2  # repairs are no part of the start's progress
 
 
 def finish(launcher: TaskLauncher, step: int) -> None:
