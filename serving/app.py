@@ -84,7 +84,7 @@ def _ingress_deployment(settings: Settings) -> serve.Deployment:
         num_replicas=settings.ingress.replicas,
         max_ongoing_requests=_UNBOUNDED_ONGOING,
         ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_timeout_s=35,
+        graceful_shutdown_timeout_s=settings.ingress.longest_stream_s,
         graceful_shutdown_wait_loop_s=0.1,
         logging_config=_QUIET,
     )(Ingress)

@@ -106,6 +106,9 @@ class IngressSettings(_Settings):
     host: str = Field("127.0.0.1", description="address that clients connect to")
     port: int = Field(8000, ge=1, le=65535)
     replicas: int = Field(1, ge=1, description="fixed: scaling it would cut streams")
+    longest_stream_s: float = Field(
+        3600.0, ge=60, description="what an ingress that is replaced gets to finish its streams"
+    )
     max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024)
     max_choices: int = Field(16, ge=1, le=128, description="`n` × prompts of one request")
     max_logprobs: int = Field(20, ge=0)
