@@ -19,6 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 GCS_PORT = 6379
+# A raylet waits only so long to be told ports that its agents chose; these are each node's own.
+_AGENT_PORTS = {
+    "dashboard-agent-grpc-port": 6401,
+    "dashboard-agent-listen-port": 6402,
+    "runtime-env-agent-port": 6403,
+    "metrics-export-port": 6404,
+}
 _START_S = 60.0
 _OBJECT_STORE_BYTES = 100 * 1024 * 1024
 _FAST_DEATH = {  # a node is dead after three seconds without a sign of life
@@ -140,6 +147,7 @@ class NodeCluster:
             f"--num-gpus={node.spec.gpus}",
             f"--object-store-memory={_OBJECT_STORE_BYTES}",
             f"--temp-dir={self.folder / node.cable}",
+            *(f"--{name}={port}" for name, port in _AGENT_PORTS.items()),
             "--disable-usage-stats",
             "--block",
         ]
