@@ -1,8 +1,8 @@
 """The engine's end of the token streams: one connection from each ingress, a frame per step.
 
 Who asked for what is known here: a request belongs to the ingress that sent it, and ends with
-that ingress's stream. An ingress that hears nothing for long takes the engine for lost, so one
-that a step had no news for gets an empty frame now and then.
+that ingress's stream. An ingress that hears nothing for long takes the engine for lost, so every
+stream has a beat besides its tokens; it also says what the engine is about.
 """
 
 import asyncio
@@ -11,12 +11,19 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from serving.engine.request import Finish, FinishReason, Output, PromptScores, TokenOutput
-from serving.fleet import STREAM_CODEC, Cancel, StreamHello, TokenFrame
+from serving.fleet import (
+    BEAT_S,
+    STREAM_CODEC,
+    Cancel,
+    Condition,
+    EngineBeat,
+    StreamHello,
+    TokenFrame,
+)
 from serving.telemetry.logs import get_logger
 from serving.wire import Channel, ChannelServer, WireError
 
 log = get_logger("engine")
-BEAT_S = 0.5  # the longest silence of an engine that is well
 
 
 class TokenStreams:
@@ -28,10 +35,10 @@ class TokenStreams:
 
     def __init__(self, secret: bytes, cancel: Callable[[str], None]) -> None:
         self._cancel = cancel
+        self._condition = Condition.SERVING
         self._channels: dict[str, Channel] = {}
         self._owners: dict[str, str] = {}  # request id → ingress id
         self._ends: dict[str, asyncio.Future[None]] = {}
-        self._told: set[str] = set()  # ingresses that got a frame since the last beat
         self._server = ChannelServer(secret, STREAM_CODEC, self._serve)
         self._beating: asyncio.Task[None] | None = None
 
@@ -39,6 +46,16 @@ class TokenStreams:
     def requests(self) -> list[str]:
         """Ids of all that run here."""
         return list(self._owners)
+
+    @property
+    def condition(self) -> Condition:
+        return self._condition
+
+    @condition.setter
+    def condition(self, condition: Condition) -> None:
+        """What the engine is about from now on; the ingresses are told at once."""
+        self._condition = condition
+        self._tell()
 
     async def start(self, host: str) -> int:
         """Listens; returns the port."""
@@ -99,22 +116,22 @@ class TokenStreams:
         for ingress_id, frame in frames.items():
             channel = self._channels.get(ingress_id)
             if channel is not None:
-                self._told.add(ingress_id)
                 self._send(ingress_id, channel, frame)
 
-    def _send(self, ingress_id: str, channel: Channel, frame: TokenFrame) -> None:
+    def _send(self, ingress_id: str, channel: Channel, message: TokenFrame | EngineBeat) -> None:
         try:
-            channel.send(frame)
+            channel.send(message)
         except WireError:
             log.event("WARNING", "ingress.stalled", ingress=ingress_id)
 
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(BEAT_S)
-            told, self._told = self._told, set()
-            for ingress_id, channel in self._channels.items():
-                if ingress_id not in told:
-                    self._send(ingress_id, channel, TokenFrame())
+            self._tell()
+
+    def _tell(self) -> None:
+        for ingress_id, channel in self._channels.items():
+            self._send(ingress_id, channel, EngineBeat(self._condition))
 
     async def _serve(self, channel: Channel) -> None:
         hello = await channel.receive()
@@ -122,6 +139,7 @@ class TokenStreams:
             return
         self._channels[hello.ingress_id] = channel
         channel.send(hello)  # from here on requests of this ingress can be served
+        channel.send(EngineBeat(self._condition))
         try:
             with contextlib.suppress(WireError):
                 while True:

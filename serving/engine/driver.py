@@ -18,7 +18,7 @@ from serving.config import Settings
 from serving.engine.loop import EngineLoop, GangFailure
 from serving.engine.request import RequestError
 from serving.engine.scheduler import Scheduler
-from serving.fleet import EngineHello, EngineLoading, EngineReport, GenerateCall
+from serving.fleet import BEAT_S, EngineHello, EngineLoading, EngineReport, GenerateCall
 from serving.gang.gang import Gang
 from serving.gang.placement import RayLauncher
 from serving.node import node_address
@@ -54,7 +54,9 @@ class Engine:
         )
         self._streams = TokenStreams(secret, lambda request_id: self._loop.cancel(request_id))
         self._hello: EngineHello | EngineLoading = EngineLoading(self._id, 0, 0)
-        self._link = RouterLink(router, secret, lambda: self._hello)
+        self._link = RouterLink(
+            router, secret, lambda: self._hello, silence_s=settings.router.silence_s
+        )
         self._scheduler = Scheduler(engine_limits(settings))
         self._gang = await self._start_gang(gpus)
         observer = StepObserver(EngineMetrics(registry), self._scheduler)
@@ -116,8 +118,7 @@ class Engine:
 
     def _loading(self, done: int, total: int) -> None:
         self._hello = EngineLoading(self._id, done, total)
-        if self._link.connected:
-            self._link.send(self._hello)
+        self._link.tell(self._hello)
 
     async def _join_fleet(self, port: int) -> None:
         limits = engine_limits(self._settings)
@@ -130,8 +131,7 @@ class Engine:
             max_request_tokens=limits.max_request_tokens,
             metrics_addresses=[self._exporter.address, *self._gang.metrics_addresses],
         )
-        if self._link.connected:
-            self._link.send(self._hello)
+        self._link.tell(self._hello)
 
     async def _run(self) -> None:
         """The step loop; losing the gang ends this process, and Serve starts another."""
@@ -143,11 +143,12 @@ class Engine:
             os._exit(1)
 
     async def _report(self) -> None:
-        """Keeps the router informed; a report is small and goes out only when there is news."""
-        last = None
+        """Keeps the router informed: news at once, and none for no longer than a beat."""
+        last, told_at = None, 0.0
         while True:
-            stats = self._scheduler.stats()
-            if stats != last and self._link.connected and isinstance(self._hello, EngineHello):
-                self._link.send(EngineReport(stats))
-                last = stats
+            report = EngineReport(self._scheduler.stats(), self._streams.condition)
+            due = report != last or time.monotonic() - told_at > BEAT_S
+            if due and isinstance(self._hello, EngineHello):
+                self._link.tell(report)
+                last, told_at = report, time.monotonic()
             await asyncio.sleep(_REPORT_S)

@@ -185,7 +185,7 @@ async def stack(
     engine = ScriptedEngine(script)
     registry = new_registry()
     metrics = IngressMetrics(registry)
-    fleet = FleetClient(RouterHandle(router), SECRET, "ingress", f"{HOST}:1")
+    fleet = FleetClient(RouterHandle(router), SECRET, "ingress", f"{HOST}:1", settings)
     service = GenerationService(settings, fleet, engine, metrics)
     routes = Routes(settings, service, fleet, metrics)
     if engine_joins:

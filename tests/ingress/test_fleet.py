@@ -7,6 +7,7 @@ import pytest
 
 from serving import wire
 from serving.api.errors import ApiError
+from serving.config import Settings
 from serving.engine.request import Finish, FinishReason, TokenOutput
 from serving.fleet import (
     ROUTER_CODEC,
@@ -17,7 +18,8 @@ from serving.fleet import (
     StreamHello,
     TokenFrame,
 )
-from serving.ingress.fleet import FleetClient, Inbox
+from serving.ingress.fleet import FleetClient
+from serving.ingress.inbox import EngineLost, Inbox
 from serving.router.link import RouterLink
 from serving.wire import Channel, ChannelServer
 from tests.router.local import HOST, SECRET, LocalRouter, RouterHandle, new_router
@@ -75,7 +77,7 @@ class World:
 
     async def start(self) -> None:
         await self.new_router()
-        self.client = FleetClient(self.handle, SECRET, "ingress", f"{HOST}:1")
+        self.client = FleetClient(self.handle, SECRET, "ingress", f"{HOST}:1", Settings())
         await until(lambda: self.client._link.connected)
 
     @property
