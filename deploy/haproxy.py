@@ -18,6 +18,7 @@ RETRIES = 3
 REQUEST_TIMEOUT_S = 60  # for a request's head, and for as much of its body as is replayed
 _DEFAULTS = re.compile(r"^defaults$", re.MULTILINE)
 _FRONTEND = re.compile(r"^frontend http_frontend$", re.MULTILINE)
+_NOBODY = re.compile(r'return status 404 (content-type text/plain lf-string "Path )')
 _SPLICE = re.compile(r"^\s+option splice-\w+\n", re.MULTILINE)
 _MARK = "# adapted by expertline"
 
@@ -52,16 +53,19 @@ def adapted(configuration: str) -> str:
     - The body is read before a server is chosen, so that it can be sent again; a client that is
       slow with it is let go in time.
     - A client's header must not switch off the watch for its leaving.
+    - While the application is not there, or no longer, a request is told to come back: a 404
+      would be the last word.
 
     Raises:
         TemplateChanged: a place that an addition belongs to is not there.
     """
     if _MARK in configuration:
         return configuration
-    for place in (_DEFAULTS, _FRONTEND):
+    for place in (_DEFAULTS, _FRONTEND, _NOBODY):
         if len(place.findall(configuration)) != 1:
-            raise TemplateChanged(f"no single section that matches {place.pattern}")
+            raise TemplateChanged(f"no single place that matches {place.pattern}")
     text = _SPLICE.sub("", configuration)
+    text = _NOBODY.sub(r"return status 503 hdr retry-after 1 \1", text)
     body = f"option http-buffer-request\n    timeout http-request {REQUEST_TIMEOUT_S}s"
     text = _DEFAULTS.sub(f"defaults\n    {_MARK}\n    {body}", text)
     header = "http-request del-header x-request-disconnect-disabled"

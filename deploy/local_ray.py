@@ -15,10 +15,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from deploy.errors import UsageError
 from deploy.haproxy import settings_of_serve, write_launcher
 
 LOOPBACK = "127.0.0.1"
 _REAP_S = 5.0
+_ANSWER_S = 2.0
+_HTTP2_HEADER_BYTES = 9  # of a frame: length (3), kind, flags, stream (4)
+_HTTP2_SETTINGS = 4
+_HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(
+    [0, 0, 0, _HTTP2_SETTINGS, 0, 0, 0, 0, 0]
+)
 
 
 def serve_environment(workdir: Path, longest_stream_s: float) -> dict[str, str]:
@@ -64,13 +71,8 @@ def local_ray(longest_stream_s: float) -> Iterator[bool]:
     Yields whether the cluster is our own, all of it on this machine.
     """
     if os.environ.get("RAY_ADDRESS"):
-        import ray
-
-        ray.init(log_to_driver=True, configure_logging=False)
-        try:
+        with joined_ray():
             yield False
-        finally:
-            ray.shutdown()
         return
     workdir = Path(tempfile.mkdtemp(prefix="expertline-"))
     wanted = serve_environment(workdir, longest_stream_s)
@@ -89,6 +91,55 @@ def local_ray(longest_stream_s: float) -> Iterator[bool]:
         ray.shutdown()
         _reap_haproxy(Path(os.environ["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"]))
         shutil.rmtree(workdir, ignore_errors=True)
+
+
+@contextmanager
+def joined_ray() -> Iterator[None]:
+    """The cluster that RAY_ADDRESS names, else the one that runs on this machine.
+
+    Raises:
+        UsageError: there is none.
+    """
+    check_address()
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS") or "auto"
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=True,
+            configure_logging=False,
+            logging_level=logging.ERROR,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UsageError(f"no Ray cluster at {address} ({type(error).__name__})") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_address() -> None:
+    """Whether the cluster that RAY_ADDRESS names answers. Ray's own way to say no takes long.
+
+    GCS speaks gRPC, so whoever answers HTTP/2's greeting with settings of its own may be it.
+
+    Raises:
+        UsageError: nobody does, or the address is none.
+    """
+    address = os.environ.get("RAY_ADDRESS") or "auto"
+    if address == "auto" or os.environ.get("RAY_USE_TLS", "0") != "0":
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S) as probe:
+            probe.sendall(_HTTP2_GREETING)
+            header = probe.recv(_HTTP2_HEADER_BYTES, socket.MSG_WAITALL)
+        if len(header) < _HTTP2_HEADER_BYTES or header[3] != _HTTP2_SETTINGS:
+            raise ValueError("it does not speak gRPC")
+    except (OSError, ValueError, OverflowError) as error:
+        reason = str(error) or type(error).__name__
+        raise UsageError(f"RAY_ADDRESS={address}: no Ray cluster answers ({reason})") from error
 
 
 def _free_ports(count: int) -> list[int]:

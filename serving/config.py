@@ -87,6 +87,19 @@ class EngineSettings(_Settings):
     max_step_tokens: int = Field(512, ge=64, description="token budget of a step, per column")
     max_sequences: int = Field(256, ge=1, description="running sequences, per column")
     prefix_cache: bool = True
+    drain_timeout_s: float = Field(
+        60.0,
+        ge=0,
+        description="what running requests get to finish on an engine that leaves, before they "
+        "are moved to another one",
+    )
+    update_surge_percent: int = Field(
+        0,
+        ge=0,
+        le=100,
+        description="replicas that an update may start before it stops old ones, in percent; "
+        "each needs GPUs beside theirs",
+    )
 
 
 class RouterSettings(_Settings):

@@ -27,7 +27,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def serves_configuration(folder: Path, front: int, servers: list[int]) -> Path:
-    """The file that Serve would write for these servers behind one port."""
+    """The file that Serve would write for these servers behind one port, or for no application."""
     metrics, stats = free_ports(2)
     ours = settings_of_serve(3600)
     config = HAProxyConfig(
@@ -46,7 +46,8 @@ def serves_configuration(folder: Path, front: int, servers: list[int]) -> Path:
     named = [ServerConfig(f"ingress{i}", "127.0.0.1", port) for i, port in enumerate(servers)]
     backend = BackendConfig(name="app", path_prefix="/", app_name="app", servers=named)
     file = folder / "haproxy.cfg"
-    HAProxyApi(config, {"app": backend}, str(file))._generate_config_file_internal()
+    backends = {"app": backend} if servers else {}
+    HAProxyApi(config, backends, str(file))._generate_config_file_internal()
     return file
 
 
@@ -89,10 +90,10 @@ class Ingresses:
 
 
 @asynccontextmanager
-async def haproxy(folder: Path, ingresses: Ingresses) -> AsyncIterator[int]:
+async def haproxy(folder: Path, ingresses: Ingresses, count: int = 2) -> AsyncIterator[int]:
     """HAProxy before these ingresses, started as Serve starts it; yields its port."""
     servers = []
-    for index in range(2):
+    for index in range(count):
         serve = lambda r, w, index=index: ingresses.serve(index, r, w)  # noqa: E731
         servers.append(await asyncio.start_server(serve, "127.0.0.1", 0))
     ports = [server.sockets[0].getsockname()[1] for server in servers]
@@ -160,6 +161,13 @@ async def test_a_client_that_leaves_is_noticed_and_cannot_switch_that_off(tmp_pa
         writer.close()
         await asyncio.wait_for(ingresses.left.wait(), 30)
     assert b"disconnect" not in ingresses.seen[0][1].lower()
+
+
+async def test_without_an_application_a_client_is_told_to_come_back(tmp_path: Path) -> None:
+    async with haproxy(tmp_path, Ingresses(), count=0) as port:
+        answer = await post(port, "/v1/completions", b"{}")
+    assert answer.startswith(b"HTTP/1.1 503")
+    assert b"retry-after: 1\r\n" in answer.lower()
 
 
 async def test_the_configuration_is_adapted_once_and_only_if_it_is_understood(
