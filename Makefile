@@ -9,7 +9,7 @@ READY := .venv/.installed
 serve: $(READY)
 	$(BIN)/expertline up --model nano --stages 2 --expert-parallel 2 --port $(PORT)
 
-test: $(READY) chromium
+test: $(READY) chromium redis
 	$(BIN)/pytest
 
 # Other people's clients, each in an environment of its own under .clients/.
@@ -46,6 +46,16 @@ chromium:
 		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } \
 			|| echo "chromium could not be installed: its tests will be skipped"; \
 	else echo "chromium is not on PATH (Debian: apt-get install chromium): its tests will be skipped"; \
+	fi
+
+# The store that a head of a cluster comes back from; without it that test is skipped, not failed.
+.PHONY: redis
+redis:
+	@if command -v redis-server >/dev/null; then exit 0; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends redis-server; } \
+			|| echo "redis-server could not be installed: its test will be skipped"; \
+	else echo "redis-server is not on PATH (Debian: apt-get install redis-server): its test will be skipped"; \
 	fi
 
 clean:
