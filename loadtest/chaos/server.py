@@ -1,0 +1,183 @@
+"""A server under test: `expertline up` on a port of the loopback, watched from outside."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from loadtest.chaos.processes import Process, marked
+from loadtest.chaos.waiting import ChaosError
+from loadtest.peers.process import last_words, started
+
+START_S = 240.0
+MODEL = "nano"
+STEP_TIMEOUT_S = 8.0
+_DISK_BYTES = 96 * 1024 * 1024
+_POLL_S = 0.1
+_ASK_S = 10.0
+_PROGRAM = (sys.executable, "-c", "from deploy.cli import main; main()")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a server is cut."""
+
+    stages: int = 1
+    ranks: int = 1  # of a stage
+    engines: int = 1
+    ingresses: int = 1
+
+    def settings(self, port: int) -> dict[str, Any]:
+        """As `expertline up --config` reads them: fp32, so that answers can be compared."""
+        return {
+            "model": {"path": MODEL, "dtype": "float32"},
+            "gang": {
+                "stages": self.stages,
+                "expert_parallel": self.ranks,
+                "cache_tokens": 8192,
+                "step_timeout_s": STEP_TIMEOUT_S,
+            },
+            "engine": {"replicas": self.engines},
+            "ingress": {"port": port, "replicas": self.ingresses},
+        }
+
+    def __str__(self) -> str:
+        return f"{self.engines} × ({self.stages}×{self.ranks})"
+
+
+@dataclass(frozen=True)
+class Server:
+    """One that has become ready.
+
+    Attributes:
+        mark: what the environment of each of its processes holds.
+        workdir: what it writes is in here; a file system of its own if `own_disk`.
+    """
+
+    url: str
+    mark: str
+    workdir: Path
+    config: Path
+    log: Path
+    layout: Layout
+    own_disk: bool = False
+    variables: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    def processes(self, *roles: str) -> list[Process]:
+        """Those with one of these roles; all with a role if none is named."""
+        return [p for p in marked(self.mark) if not roles or p.role in roles]
+
+    def pids(self, role: str) -> list[int]:
+        return [process.pid for process in self.processes(role)]
+
+    async def is_ready(self, client: httpx.AsyncClient) -> bool:
+        try:
+            response = await client.get(f"{self.url}/readyz", timeout=_ASK_S)
+        except httpx.HTTPError:
+            return False
+        return response.status_code == httpx.codes.OK
+
+    async def metrics(self, client: httpx.AsyncClient) -> dict[str, list[dict[str, Any]]]:
+        """Samples of the whole fleet by name, each its labels and a `value`; empty if it cannot
+        be had now."""
+        try:
+            response = await client.get(f"{self.url}/metrics", timeout=_ASK_S)
+            response.raise_for_status()
+        except httpx.HTTPError:
+            return {}
+        found: dict[str, list[dict[str, Any]]] = {}
+        for family in text_string_to_metric_families(response.text):
+            for sample in family.samples:
+                labels: dict[str, Any] = dict(sample.labels)
+                found.setdefault(sample.name, []).append(labels | {"value": sample.value})
+        return found
+
+
+@contextmanager
+def running(layout: Layout) -> Iterator[Server]:
+    """A server for the body; afterwards nothing of it is left.
+
+    Raises:
+        ChaosError: it did not come up.
+    """
+    with _workdir() as (folder, own_disk):
+        port = free_port()
+        config, log = folder / "settings.yaml", folder / "up.log"
+        settings = layout.settings(port)
+        config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        variables = environment(folder)
+        command = [*_PROGRAM, "up", "--config", str(config)]
+        with started(command, variables, log) as process:
+            _await_ready(process, log)
+            yield Server(
+                f"http://127.0.0.1:{port}",
+                f"RAY_TMPDIR={folder}",
+                folder,
+                config,
+                log,
+                layout,
+                own_disk,
+                variables,
+            )
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Of a server's processes: nothing of another cluster, and a mark of its own."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("RAY_") and name.lower() not in ("http_proxy", "https_proxy")
+    }
+    return kept | {
+        "RAY_TMPDIR": str(folder),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONUNBUFFERED": "1",
+        "COLUMNS": "200",
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def _workdir() -> Iterator[tuple[Path, bool]]:
+    """A folder with a short name, on a small file system of its own where that is permitted."""
+    folder = Path(tempfile.mkdtemp(prefix="xc-"))
+    size = f"size={_DISK_BYTES}"
+    mount = ["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(folder)]
+    own = bool(shutil.which("mount")) and _succeeds(mount)
+    try:
+        yield folder, own
+    finally:
+        if own:
+            _succeeds(["umount", "--lazy", str(folder)])
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _succeeds(command: list[str]) -> bool:
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def _await_ready(process: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline and process.poll() is None:
+        said = log.read_text(encoding="utf-8", errors="replace")
+        if any(line.startswith("ready ") for line in said.splitlines()):
+            return
+        time.sleep(_POLL_S)
+    raise ChaosError(f"the server did not start: {last_words(log)}")
