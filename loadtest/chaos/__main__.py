@@ -3,12 +3,14 @@
 import argparse
 import asyncio
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from deploy.bench import machine
 from loadtest.chaos.outcome import Outcome
@@ -28,6 +30,7 @@ def main() -> int:
     options = _options()
     plan = Plan(options.seed, options.quick, _QUICK_CASES if options.quick else Plan.cases)
     adopt_orphans()
+    signal.signal(signal.SIGTERM, _end)  # servers are ended on the way out
 
     def report(outcomes: dict[str, Outcome]) -> None:
         _tell(list(outcomes.values())[-1])
@@ -37,6 +40,10 @@ def main() -> int:
     asyncio.run(suite.run(_chosen(options)))
     print("\n" + markdown(suite.outcomes))
     return 0 if all(outcome.flawless for outcome in suite.outcomes.values()) else 1
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def _options() -> argparse.Namespace:
