@@ -4,7 +4,7 @@ PORT ?= 8000
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: serve test test-clients lint bench bench-peers clean
+.PHONY: serve test test-clients lint bench bench-peers chaos clean
 
 serve: $(READY)
 	$(BIN)/expertline up --model nano --stages 2 --expert-parallel 2 --port $(PORT)
@@ -31,6 +31,11 @@ bench: $(READY)
 # vLLM, Ray Serve LLM and transformers beside us, about 40 minutes; environments under .peers/.
 bench-peers: $(READY)
 	$(BIN)/python -m loadtest.peers
+
+# Faults under load, every answer compared with the undisturbed one; about 20 minutes. As root on
+# Linux also several nodes, in network namespaces.
+chaos: $(READY)
+	$(BIN)/python -m loadtest.chaos
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

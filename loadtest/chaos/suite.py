@@ -25,11 +25,13 @@ class Plan:
     Attributes:
         cases: different requests; the load goes through them again and again.
         quick: few faults of each scenario.
+        results: name of the files that results are written to.
     """
 
-    seed: int = 0
-    quick: bool = False
-    cases: int = 60
+    seed: int
+    quick: bool
+    cases: int
+    results: str
 
     def faults(self, scenario: Scenario) -> int:
         return scenario.quick_faults if self.quick else scenario.faults
@@ -86,13 +88,9 @@ class Suite:
 
     @asynccontextmanager
     async def _stage(self, layout: Layout) -> AsyncIterator[_Stage]:
-        with running(layout) as server:
-            calls = cases(self.plan.seed, MODEL, self.plan.cases)
-            golden = await record(server.url, calls)
-            async with (
-                httpx.AsyncClient(trust_env=False) as client,
-                census(server.variables) as counted,
-            ):
+        async with running(layout) as server, census(server.variables) as counted:
+            golden = await record(server.url, cases(self.plan.seed, MODEL, self.plan.cases))
+            async with httpx.AsyncClient(trust_env=False) as client:
                 yield _Stage(server, client, counted, golden)
 
     async def _play(self, scenario: Scenario, stage: _Stage, outcome: Outcome) -> None:

@@ -10,6 +10,7 @@ from loadtest.chaos.scenarios.engine_kill import PAUSE as ENGINE_PAUSE
 from loadtest.chaos.scenarios.rank_kill import PAUSE as RANK_PAUSE
 from loadtest.chaos.scenarios.rank_kill import RESTART
 from loadtest.chaos.scenarios.router_kill import EXTRA, FAILED
+from loadtest.chaos.scenarios.soak import GROWING
 
 Outcomes = Mapping[str, Outcome]  # by scenario
 
@@ -37,13 +38,10 @@ def _sum(of: Callable[[Outcome], float]) -> Callable[[Outcomes], Sequence[float]
     return lambda outcomes: [sum(map(of, ran))] if (ran := _ran(outcomes)) else []
 
 
-def _figure(name: str, scenario: str | None = None) -> Callable[[Outcomes], Sequence[float]]:
+def _figure(name: str) -> Callable[[Outcomes], Sequence[float]]:
     """A figure's values, of whoever measured it."""
     return lambda outcomes: [
-        value
-        for outcome in outcomes.values()
-        if scenario in (None, outcome.scenario)
-        for value in outcome.figures.get(name, ())
+        value for outcome in outcomes.values() for value in outcome.figures.get(name, ())
     ]
 
 
@@ -90,7 +88,7 @@ GOALS = (
     Goal("head kill -9 and restart with Redis: errors", 0, _errors_of("head-loss")),
     Goal("client leaves → pages free: steps", 1, _figure(STEPS)),
     Goal("soak: errors", 0, _errors_of("soak")),
-    Goal("soak: figures that grow (memory, descriptors, pages)", 0, _figure("soak, growing")),
+    Goal("soak: figures that grow (memory, descriptors, pages)", 0, _figure(GROWING)),
     Goal("what was not given back after a fault", 0, _sum(lambda o: len(o.kept))),
     Goal("scenarios that broke off", 0, _sum(lambda o: o.broken is not None)),
 )

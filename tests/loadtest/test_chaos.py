@@ -3,8 +3,10 @@
 import asyncio
 import itertools
 import json
+import random
 import sys
 from collections import Counter
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
@@ -20,9 +22,10 @@ from loadtest.chaos.scenario import Scenario
 from loadtest.chaos.scenarios import SCENARIOS
 from loadtest.chaos.scenarios.rank_kill import PAUSE, RESTART
 from loadtest.chaos.schedule import draw
-from loadtest.chaos.server import Layout
+from loadtest.chaos.server import Layout, Server
 from loadtest.chaos.suite import Plan, Suite
 from loadtest.chaos.table import markdown
+from loadtest.chaos.trend import Trend
 from loadtest.chaos.waiting import ChaosError, until
 from loadtest.chaos.workload import KINDS, LONG, LONG_TOKENS, cases, in_turn, undisturbed
 from loadtest.oracle import Verdict
@@ -221,6 +224,22 @@ async def test_waiting_ends_with_the_condition_or_says_what_was_waited_for() -> 
         await until(lambda: False, 0.0, "pigs to fly")
 
 
+def test_what_only_goes_up_and_down_does_not_grow() -> None:
+    numbers = random.Random(4)
+    times = [5.0 * n for n in range(200)]
+    noise = [numbers.gauss(0.0, 5.0) for _ in times]
+    flat = [400.0 + n for n in noise]
+    assert not Trend.of(times, flat).grows
+    warming = [min(400.0, 100.0 + 10 * t) + n for t, n in zip(times, noise, strict=True)]
+    assert not Trend.of(times, warming).grows
+    leaking = [v + 0.1 * t for t, v in zip(times, flat, strict=True)]
+    trend = Trend.of(times, leaking)
+    assert trend.grows
+    assert trend.growth == pytest.approx(75.0, abs=10.0)
+    assert not Trend.of([], []).grows
+    assert not Trend.of(times, [50.0] * 200).grows
+
+
 class Skipped(Scenario):
     name = "skipped"
     layout = Layout()
@@ -243,7 +262,7 @@ class Hopeless(Skipped):
 def test_results_are_written_after_every_scenario_and_a_broken_one_stops_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(layout: Layout) -> object:
+    def refuse(layout: Layout) -> AbstractAsyncContextManager[Server]:
         raise ChaosError("the server did not start: no luck")
 
     monkeypatch.setattr("loadtest.chaos.suite.running", refuse)
@@ -260,9 +279,9 @@ def test_results_are_written_after_every_scenario_and_a_broken_one_stops_nobody(
 
 async def test_scenarios_of_one_layout_share_a_server_and_keep_their_names_apart() -> None:
     told: list[list[str]] = []
-    suite = Suite(Plan(quick=True), lambda outcomes: told.append(list(outcomes)))
+    suite = Suite(Plan(0, True, 10, "results"), lambda outcomes: told.append(list(outcomes)))
     await suite.run([Skipped(), Skipped()])
     assert told == [["skipped"], ["skipped"]]
     names = [scenario.name for scenario in SCENARIOS]
     assert len(set(names)) == len(names)
-    assert all(Plan(quick=True).faults(s) <= Plan().faults(s) for s in SCENARIOS)
+    assert all(0 < scenario.quick_faults <= scenario.faults for scenario in SCENARIOS)
