@@ -75,6 +75,16 @@ def role_of(title: str) -> str | None:
     return None
 
 
+def variables_of(pid: int) -> dict[str, str]:
+    """The environment that a process was started with; empty if it has ended."""
+    try:
+        entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return {}
+    pairs = (entry.decode(errors="replace").partition("=") for entry in entries if entry)
+    return {name: value for name, _, value in pairs}
+
+
 def send(pids: Iterable[int], number: signal.Signals) -> None:
     """A signal to each that is still there."""
     for pid in pids:

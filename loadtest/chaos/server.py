@@ -1,6 +1,7 @@
 """A server under test: `expertline up` on a port of the loopback, watched from outside."""
 
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -49,6 +50,8 @@ class Layout:
             },
             "engine": {"replicas": self.engines},
             "ingress": {"port": port, "replicas": self.ingresses},
+            "internal_host": "127.0.0.1",
+            "secret": secrets.token_hex(32),  # the same when a changed configuration is applied
         }
 
     def __str__(self) -> str:

@@ -7,6 +7,14 @@ from loadtest.chaos.scenarios.disconnect import Disconnect
 from loadtest.chaos.scenarios.engine_kill import EngineKill
 from loadtest.chaos.scenarios.mixed import Mixed
 from loadtest.chaos.scenarios.rank_kill import RankKill
+from loadtest.chaos.scenarios.rolling_update import RollingUpdate
 from loadtest.chaos.scenarios.router_kill import RouterKill
 
-SCENARIOS: Sequence[Scenario] = (Disconnect(), RouterKill(), RankKill(), EngineKill(), Mixed())
+SCENARIOS: Sequence[Scenario] = (
+    Disconnect(),
+    RouterKill(),
+    RankKill(),
+    EngineKill(),
+    RollingUpdate(),
+    Mixed(),
+)

@@ -2,6 +2,7 @@
 
 from loadtest.chaos.arena import Arena
 from loadtest.chaos.faults import Fault, Freeze, FullDisk, Hoarder, Kill, Wedge
+from loadtest.chaos.redeployment import Redeployment
 from loadtest.chaos.scenario import Scenario
 from loadtest.chaos.schedule import draw
 from loadtest.chaos.server import Layout
@@ -34,4 +35,4 @@ def kinds(arena: Arena) -> list[Fault]:
     rng = arena.rng
     killed = [Kill(rng, role) for role in ("rank", "engine", "router", "ingress", "controller")]
     frozen = [Freeze(rng, role) for role in ("engine", "router")]
-    return [*killed, *frozen, Wedge(rng), FullDisk(rng), Hoarder(rng)]
+    return [*killed, *frozen, Wedge(rng), FullDisk(rng), Hoarder(rng), Redeployment(rng)]
