@@ -117,6 +117,7 @@ async def running(layout: Layout) -> AsyncIterator[Server]:
         port = free_port()
         config, log = folder / "settings.yaml", folder / "up.log"
         settings = layout.settings(port)
+        config.touch(mode=0o600)  # it holds a secret
         config.write_text(yaml.safe_dump(settings), encoding="utf-8")
         variables = environment(folder)
         command = [*_PROGRAM, "up", "--config", str(config)]
