@@ -89,7 +89,8 @@ async def stream_request(
     clock: Clock,
     reading: Reading = TO_THE_END,
 ) -> Transcript:
-    """Sends one request and reads its stream to the end, or as far as the reading goes.
+    """Sends one request and reads its stream (or, if it asks for none, its answer) to the end,
+    or as far as the reading goes.
 
     What goes wrong is in the record; what was said until then is returned.
     """
@@ -100,8 +101,12 @@ async def stream_request(
             record.status = response.status_code
             if response.status_code != httpx.codes.OK:
                 record.fail(f"http_{response.status_code}", (await response.aread()).decode())
-            else:
+            elif body.get("stream"):
                 await _read(response, check, record, clock, reading)
+            else:
+                check.whole((await response.aread()).decode())
+                check.end()
+                record.heard(clock())
     except GrammarError as error:
         record.fail("grammar", str(error))
     except ServerError as error:

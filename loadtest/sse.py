@@ -43,14 +43,17 @@ class StreamCheck:
         if data == DONE:
             self._done = True
             return False
-        chunk = _parsed(data)
-        self._same_id(chunk.get("id"))
-        self._count(chunk.get("usage"))
-        choices = chunk.get("choices")
-        if not isinstance(choices, list):
-            raise GrammarError("a chunk without choices")
-        with_text = [choice for choice in choices if self._choice(choice)]
-        return bool(with_text)
+        return self._take(data)
+
+    def whole(self, body: str) -> None:
+        """Takes an answer that is not streamed; `end` then tells whether it is complete.
+
+        Raises:
+            GrammarError: it is no answer.
+            ServerError: it is an error object.
+        """
+        self._take(body)
+        self._done = True
 
     def end(self) -> None:
         """The connection has ended.
@@ -68,6 +71,16 @@ class StreamCheck:
             raise GrammarError("the stream had no choices")
         if self.transcript.output_tokens is None:
             raise GrammarError("no usage, though stream_options asked for it")
+
+    def _take(self, data: str) -> bool:
+        chunk = _parsed(data)
+        self._same_id(chunk.get("id"))
+        self._count(chunk.get("usage"))
+        choices = chunk.get("choices")
+        if not isinstance(choices, list):
+            raise GrammarError("a chunk without choices")
+        with_text = [choice for choice in choices if self._choice(choice)]
+        return bool(with_text)
 
     def _same_id(self, identity: object) -> None:
         if not isinstance(identity, str):

@@ -18,8 +18,8 @@ class Choice:
     finish_reason: str | None = None
 
     def add(self, part: dict[str, Any]) -> bool:
-        """Takes the choice's part of one chunk; whether it brought text or a tool call."""
-        delta = part.get("delta") or {}
+        """Takes the choice's part of one chunk, or all of it; whether that was text or a call."""
+        delta = part.get("delta") or part.get("message") or {}
         text = part.get("text") or delta.get("content") or ""
         self.text += text
         self.tokens += part.get("token_ids") or ()

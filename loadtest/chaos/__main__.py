@@ -39,7 +39,11 @@ def main() -> int:
         _write(options.out, plan, outcomes)
 
     suite = Suite(plan, report)
-    asyncio.run(suite.run(_chosen(options)))
+    try:
+        asyncio.run(suite.run(_chosen(options)))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     print("\n" + markdown(suite.outcomes))
     return 0 if all(outcome.flawless for outcome in suite.outcomes.values()) else 1
 

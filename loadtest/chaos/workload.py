@@ -1,7 +1,7 @@
 """The requests of the suite: a little of everything, each with one right answer.
 
 A case is a pure function of (seed, number). All are greedy or sampled with a seed of their own,
-ask for their token ids, and are streamed.
+ask for their token ids, and all but one kind are streamed.
 """
 
 import random
@@ -24,6 +24,7 @@ KINDS = (
     "leaving",
     "slow reader",
     "stop",
+    "whole",
 )
 UNHURRIED = frozenset({"leaving", "slow reader"})  # silences of their own making
 LONG_TOKENS = 96
@@ -67,11 +68,11 @@ def _case(seed: int, model: str, number: int, kind: str) -> Call:
     body = _asked(seed, number, kind, "chat" if chat else "completions", rng)
     body |= {
         "model": model,
-        "stream": True,
-        "stream_options": {"include_usage": True},
         "return_token_ids": True,
         "max_tokens": LONG_TOKENS if kind == LONG else rng.randint(*_SHORT_TOKENS),
     }
+    if kind != "whole":
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
     if rng.random() < 0.5:
         body |= {"temperature": 0}
     else:

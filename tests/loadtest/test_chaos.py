@@ -1,7 +1,6 @@
 """The chaos suite's own arithmetic and order, without any server."""
 
 import asyncio
-import itertools
 import json
 import random
 import sys
@@ -44,13 +43,14 @@ def test_a_schedule_is_the_seeds_and_strikes_with_everything_in_turn() -> None:
 
 
 def test_cases_are_the_seeds_and_have_one_right_answer_each() -> None:
-    asked = cases(3, "m", 60)
-    assert asked == cases(3, "m", 60)
-    assert asked != cases(4, "m", 60)
+    asked = cases(3, "m", 66)
+    assert asked == cases(3, "m", 66)
+    assert asked != cases(4, "m", 66)
     assert {call.kind for call in asked} == set(KINDS)
     for call in asked:
         body = call.body
-        assert body["return_token_ids"] is body["stream"] is True
+        assert body["return_token_ids"] is True
+        assert ("stream" in body) == (call.kind != "whole")
         assert body["temperature"] == 0 or "seed" in body
         assert (call.path == "chat/completions") == ("messages" in body)
     bodies = {call.kind: call.body for call in asked}
@@ -187,7 +187,7 @@ async def test_a_load_judges_every_answer_and_ends_when_it_is_left() -> None:
     stub.script = lambda number: answers[min(number, len(answers) - 1)] if number < 4 else right
     text = "".join(f"{token} " for token in range(1, 6))
     answer = Transcript({0: Choice([1, 2, 3, 4, 5], text, [], "length")}, 7, 5)
-    calls = [Call(LONG, "completions", {"prompt": "x"})]
+    calls = [Call(LONG, "completions", {"prompt": "x", "stream": True})]
     with running(stub):
         async with Load(stub.url, Golden(calls, [answer], 0, 10.0), 20.0, 0) as load:
             await load.until_served(6, 30.0)
@@ -199,14 +199,13 @@ async def test_a_load_judges_every_answer_and_ends_when_it_is_left() -> None:
 
 
 async def test_golden_answers_are_asked_twice_and_unsteady_ones_left_out() -> None:
-    calls = [Call(LONG, "completions", {"prompt": str(n)}) for n in range(12)]
+    calls = [Call(LONG, "completions", {"prompt": str(n), "stream": True}) for n in range(12)]
     stub = Stub()
-    asked = itertools.count()
-    stub.script = lambda number: scripted([1, 2, 9 if next(asked) == 15 else 3])
+    stub.script = lambda number: scripted([1, 2, 9 if number == 15 else 3])
     with running(stub):
         golden = await record(stub.url, calls)
         assert (len(golden.calls), golden.unsteady, golden.mean_tokens) == (11, 1, 3.0)
-        stub.script = lambda number: scripted([next(asked)])
+        stub.script = lambda number: scripted([number])
         with pytest.raises(ChaosError, match="12 of 12 answers differ"):
             await record(stub.url, calls)
         stub.script = lambda number: scripted([1, 2])[:-1]

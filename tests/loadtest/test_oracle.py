@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 
 from loadtest.oracle import compare
-from loadtest.sse import StreamCheck
+from loadtest.sse import GrammarError, StreamCheck
 from loadtest.transcript import Choice, Transcript
 from tests.loadtest.stub import chunk, usage
 
@@ -114,3 +114,16 @@ def test_a_transcript_holds_what_the_chunks_said() -> None:
     assert said.choices[0] == Choice([1, 2], "ab", [-1.0, -2.0], "stop")
     assert said.choices[1] == Choice([3], "c", [-3.0], "stop")
     assert (said.prompt_tokens, said.output_tokens, said.received) == (7, 3, 3)
+
+
+def test_an_answer_that_is_not_streamed_is_held_to_the_same() -> None:
+    check = StreamCheck()
+    message = {"message": {"role": "assistant", "content": "c"}, "finish_reason": "stop"}
+    counts = {"usage": {"prompt_tokens": 7, "completion_tokens": 1}}
+    check.whole(chunk(choices=[{"index": 0, "token_ids": [3], **message}], **counts))
+    check.end()
+    assert check.transcript.choices == {0: Choice([3], "c", [], "stop")}
+    open_ended = StreamCheck()
+    open_ended.whole(chunk("text", **counts))
+    with pytest.raises(GrammarError, match="no finish_reason"):
+        open_ended.end()
