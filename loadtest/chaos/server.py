@@ -24,9 +24,10 @@ from loadtest.peers.process import last_words, started
 START_S = 240.0
 MODEL = "nano"
 STEP_TIMEOUT_S = 8.0
+TARGETS = "targets"
 _DISK_BYTES = 96 * 1024 * 1024
 _ASK_S = 10.0
-_PROGRAM = (sys.executable, "-c", "from deploy.cli import main; main()")
+PROGRAM = (sys.executable, "-c", "from deploy.cli import main; main()")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Layout:
     engines: int = 1
     ingresses: int = 1
 
-    def settings(self, port: int) -> dict[str, Any]:
+    def settings(self, port: int, targets: Path) -> dict[str, Any]:
         """As `expertline up --config` reads them: fp32, so that answers can be compared."""
         return {
             "model": {"path": MODEL, "dtype": "float32"},
@@ -50,6 +51,7 @@ class Layout:
             },
             "engine": {"replicas": self.engines},
             "ingress": {"port": port, "replicas": self.ingresses},
+            "telemetry": {"targets_directory": str(targets)},
             "internal_host": "127.0.0.1",
             "secret": secrets.token_hex(32),  # the same when a changed configuration is applied
         }
@@ -75,6 +77,11 @@ class Server:
     layout: Layout
     own_disk: bool = False
     variables: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def targets(self) -> Path:
+        """Where its processes announce where they tell their metrics."""
+        return self.workdir / TARGETS
 
     def processes(self, *roles: str) -> list[Process]:
         """Those with one of these roles; all with a role if none is named."""
@@ -116,11 +123,11 @@ async def running(layout: Layout) -> AsyncIterator[Server]:
     with _workdir() as (folder, own_disk):
         port = free_port()
         config, log = folder / "settings.yaml", folder / "up.log"
-        settings = layout.settings(port)
+        settings = layout.settings(port, folder / TARGETS)
         config.touch(mode=0o600)  # it holds a secret
         config.write_text(yaml.safe_dump(settings), encoding="utf-8")
         variables = environment(folder)
-        command = [*_PROGRAM, "up", "--config", str(config)]
+        command = [*PROGRAM, "up", "--config", str(config)]
         with started(command, variables, log) as process:
             await _ready(process, log)
             yield Server(

@@ -2,7 +2,7 @@
 
 from loadtest.chaos.arena import Arena
 from loadtest.chaos.faults import Fault, Freeze, FullDisk, Hoarder, Kill, Wedge
-from loadtest.chaos.redeployment import Redeployment
+from loadtest.chaos.operations import Drain, Redeployment
 from loadtest.chaos.scenario import Scenario
 from loadtest.chaos.schedule import draw
 from loadtest.chaos.server import Layout
@@ -35,4 +35,5 @@ def kinds(arena: Arena) -> list[Fault]:
     rng = arena.rng
     killed = [Kill(rng, role) for role in ("rank", "engine", "router", "ingress", "controller")]
     frozen = [Freeze(rng, role) for role in ("engine", "router")]
-    return [*killed, *frozen, Wedge(rng), FullDisk(rng), Hoarder(rng), Redeployment(rng)]
+    others = [Wedge(rng), FullDisk(rng), Hoarder(rng), Redeployment(rng), Drain(rng)]
+    return [*killed, *frozen, *others]

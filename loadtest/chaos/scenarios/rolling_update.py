@@ -1,7 +1,7 @@
 """A changed configuration under load: every replica is replaced and nobody notices."""
 
 from loadtest.chaos.arena import Arena
-from loadtest.chaos.redeployment import Redeployment
+from loadtest.chaos.operations import Redeployment
 from loadtest.chaos.scenario import Scenario
 from loadtest.chaos.server import Layout
 
