@@ -74,18 +74,19 @@ class Arena:
         self._before = await holdings(self.server, self.client, self.census)
 
     @asynccontextmanager
-    async def load(self, fault: str, excuses: bool = False) -> AsyncIterator[Load]:
+    async def load(self, fault: Fault | None = None) -> AsyncIterator[Load]:
         """A load for the body; its answers are in the outcome afterwards, and so is what the
         server did not give back when all was over."""
         self._rounds += 1
-        self.outcome.faults.append(fault)
+        name = "no fault" if fault is None else fault.name
+        self.outcome.faults += [name] if fault is not None else []
         load = Load(self.server.url, self.golden, self.rate, self.seed + self._rounds)
         try:
             async with load:
                 yield load
         finally:
-            self.outcome.take(load.judged, fault, excuses)
-        await self.settle(fault)
+            self.outcome.take(load.judged, name, fault is not None and fault.excuses)
+        await self.settle(name)
 
     async def settle(self, fault: str) -> None:
         """Waits until the server holds what it held; what it does not give back is a finding."""
@@ -100,7 +101,7 @@ class Arena:
         Raises:
             ChaosError: it could not strike, or the server did not recover.
         """
-        async with self.load(fault.name, fault.excuses) as load:
+        async with self.load(fault) as load:
             await load.until_running(streams)
             at = load.now
             await fault.strike(self.server)

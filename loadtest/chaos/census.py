@@ -6,12 +6,14 @@ answers every line on its input with one line of JSON.
 
 import asyncio
 import json
+import os
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from loadtest.chaos.server import Server
 from loadtest.chaos.waiting import ChaosError
 
 _ANSWER_S = 60.0
@@ -44,13 +46,14 @@ class Census:
 
 
 @asynccontextmanager
-async def census(variables: Mapping[str, str]) -> AsyncIterator[Census]:
-    """A census of the cluster whose processes have this environment."""
+async def census(server: Server) -> AsyncIterator[Census]:
+    """A census of a server's cluster."""
     process = await asyncio.create_subprocess_exec(
+        *server.prefix,
         sys.executable,
         "-m",
         "loadtest.chaos.census",
-        env=dict(variables),
+        env=dict(server.variables),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
@@ -67,7 +70,8 @@ def main() -> None:
     """Answers until its input ends."""
     import ray
 
-    ray.init(address="auto", log_to_driver=False, configure_logging=False)
+    address = os.environ.get("RAY_ADDRESS", "auto")
+    ray.init(address=address, log_to_driver=False, configure_logging=False)
     for _ in sys.stdin:
         print(json.dumps(_counted()), flush=True)
 

@@ -32,11 +32,14 @@ class Fault(ABC):
 
     rng: random.Random
 
-    excuses = False  # connections that break are its very meaning
-
     @property
     @abstractmethod
     def name(self) -> str: ...
+
+    @property
+    def excuses(self) -> bool:
+        """Connections that broke are its very meaning; known once it has struck."""
+        return False
 
     def refusal(self, server: Server) -> str | None:
         """Why it cannot be done to this server; None if it can."""
@@ -85,7 +88,7 @@ class Kill(Fault):
         return f"kill {self.role}"
 
     @property
-    def excuses(self) -> bool:  # type: ignore[override]  # depends on who is killed
+    def excuses(self) -> bool:
         return self.role == "ingress"
 
     async def strike(self, server: Server) -> None:

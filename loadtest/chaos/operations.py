@@ -65,6 +65,7 @@ async def in_cluster(server: Server, within_s: float, *command: str) -> None:
     inherited = {} if raylet is None else variables_of(raylet)
     serve = {name: value for name, value in inherited.items() if name.startswith("RAY_SERVE_")}
     process = await asyncio.create_subprocess_exec(
+        *server.prefix,
         *command,
         env={**server.variables, **serve},
         stdout=asyncio.subprocess.DEVNULL,

@@ -4,6 +4,7 @@ What an operator does: the application is built of the new settings and handed t
 replaces what has changed while the rest goes on. To be run in the environment of the cluster.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -21,7 +22,8 @@ def main() -> None:
 
     from serving.app import APP_NAME, build
 
-    ray.init(address="auto", log_to_driver=False, configure_logging=False)
+    address = os.environ.get("RAY_ADDRESS", "auto")
+    ray.init(address=address, log_to_driver=False, configure_logging=False)
     serve.run_many(
         [serve.RunTarget(build(settings), name=APP_NAME, route_prefix="/")],
         wait_for_ingress_deployment_creation=False,

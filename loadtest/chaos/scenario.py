@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from typing import ClassVar
 
 from loadtest.chaos.arena import Arena
+from loadtest.chaos.nodes import why_not
 from loadtest.chaos.server import Layout
 
 
@@ -27,3 +28,10 @@ class Scenario(ABC):
         Raises:
             ChaosError: it could not go on.
         """
+
+
+class NodeScenario(Scenario):
+    """One on several nodes."""
+
+    def refusal(self) -> str | None:
+        return why_not()

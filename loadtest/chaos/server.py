@@ -25,6 +25,8 @@ START_S = 240.0
 MODEL = "nano"
 STEP_TIMEOUT_S = 8.0
 TARGETS = "targets"
+MARK = "EXPERTLINE_UNDER_TEST"
+_REPAIRS = 1000  # each of them is meant
 _DISK_BYTES = 96 * 1024 * 1024
 _ASK_S = 10.0
 PROGRAM = (sys.executable, "-c", "from deploy.cli import main; main()")
@@ -38,6 +40,7 @@ class Layout:
     ranks: int = 1  # of a stage
     engines: int = 1
     ingresses: int = 1
+    nodes: bool = False  # over several of them
 
     def settings(self, port: int, targets: Path) -> dict[str, Any]:
         """As `expertline up --config` reads them: fp32, so that answers can be compared."""
@@ -49,7 +52,7 @@ class Layout:
                 "cache_tokens": 8192,
                 "step_timeout_s": STEP_TIMEOUT_S,
             },
-            "engine": {"replicas": self.engines},
+            "engine": {"replicas": self.engines, "repairs_per_hour": _REPAIRS},
             "ingress": {"port": port, "replicas": self.ingresses},
             "telemetry": {"targets_directory": str(targets)},
             "internal_host": "127.0.0.1",
@@ -57,7 +60,8 @@ class Layout:
         }
 
     def __str__(self) -> str:
-        return f"{self.engines} × ({self.stages}×{self.ranks})"
+        where = " over nodes" if self.nodes else ""
+        return f"{self.engines} × ({self.stages}×{self.ranks}){where}"
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ class Server:
     Attributes:
         mark: what the environment of each of its processes holds.
         workdir: what it writes is in here; a file system of its own if `own_disk`.
+        variables: the environment of a command that is to find its cluster.
+        prefix: how such a command begins.
     """
 
     url: str
@@ -77,6 +83,7 @@ class Server:
     layout: Layout
     own_disk: bool = False
     variables: Mapping[str, str] = field(default_factory=dict, repr=False)
+    prefix: tuple[str, ...] = ()
 
     @property
     def targets(self) -> Path:
@@ -123,16 +130,14 @@ async def running(layout: Layout) -> AsyncIterator[Server]:
     with _workdir() as (folder, own_disk):
         port = free_port()
         config, log = folder / "settings.yaml", folder / "up.log"
-        settings = layout.settings(port, folder / TARGETS)
-        config.touch(mode=0o600)  # it holds a secret
-        config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        write_settings(config, layout.settings(port, folder / TARGETS))
         variables = environment(folder)
         command = [*PROGRAM, "up", "--config", str(config)]
         with started(command, variables, log) as process:
-            await _ready(process, log)
+            await ready(process, log)
             yield Server(
                 f"http://127.0.0.1:{port}",
-                f"RAY_TMPDIR={folder}",
+                f"{MARK}={folder}",
                 folder,
                 config,
                 log,
@@ -140,6 +145,12 @@ async def running(layout: Layout) -> AsyncIterator[Server]:
                 own_disk,
                 variables,
             )
+
+
+def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """As YAML that only its owner reads: it holds a secret."""
+    path.touch(mode=0o600)
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -150,6 +161,7 @@ def environment(folder: Path) -> dict[str, str]:
         if not name.startswith("RAY_") and name.lower() not in ("http_proxy", "https_proxy")
     }
     return kept | {
+        MARK: str(folder),
         "RAY_TMPDIR": str(folder),
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONUNBUFFERED": "1",
@@ -182,7 +194,7 @@ def _succeeds(command: list[str]) -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-async def _ready(process: "subprocess.Popen[bytes]", log: Path) -> None:
+async def ready(process: "subprocess.Popen[bytes]", log: Path) -> None:
     """Until it says that it is ready."""
 
     def said_or_ended() -> bool:

@@ -9,6 +9,7 @@ import httpx
 from loadtest.chaos.arena import Arena, timed
 from loadtest.chaos.census import Census, census
 from loadtest.chaos.golden import Golden, record
+from loadtest.chaos.node_server import running_on_nodes
 from loadtest.chaos.outcome import Outcome
 from loadtest.chaos.scenario import Scenario
 from loadtest.chaos.server import MODEL, Layout, Server, running
@@ -88,7 +89,8 @@ class Suite:
 
     @asynccontextmanager
     async def _stage(self, layout: Layout) -> AsyncIterator[_Stage]:
-        async with running(layout) as server, census(server.variables) as counted:
+        start = running_on_nodes if layout.nodes else running
+        async with start(layout) as server, census(server) as counted:
             golden = await record(server.url, cases(self.plan.seed, MODEL, self.plan.cases))
             async with httpx.AsyncClient(trust_env=False) as client:
                 yield _Stage(server, client, counted, golden)

@@ -28,7 +28,7 @@ class Soak(Scenario):
     async def play(self, arena: Arena) -> None:
         times: list[float] = []
         values: dict[str, list[float]] = {}
-        async with arena.load("none"):
+        async with arena.load():
             started = time.monotonic()
             while (at := time.monotonic() - started) < self._seconds:
                 times.append(at)
