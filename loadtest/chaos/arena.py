@@ -20,7 +20,6 @@ from loadtest.request import RequestRecord
 
 RECOVERED_S = 150.0
 SETTLED_S = 60.0
-_SERVED = 4  # requests from their sending to their end, after a recovery
 _SERVED_S = 120.0
 
 
@@ -46,6 +45,7 @@ class Arena:
     Attributes:
         count: how many faults it is to bring about.
         share: of the server's tokens in a second that the load asks for.
+        served: requests from their sending to their end, after a recovery.
         rng: for what is drawn while it runs.
     """
 
@@ -57,6 +57,7 @@ class Arena:
     count: int
     seed: int
     share: float
+    served: int
     _before: Holdings | None = None
     _rounds: int = 0
     rng: random.Random = field(init=False)
@@ -111,7 +112,7 @@ class Arena:
                 f"recovery from: {fault.name}",
             )
             recovered = load.now
-            await load.until_served(_SERVED, _SERVED_S)
+            await load.until_served(self.served, _SERVED_S)
         return Blow(load.records, at, recovered)
 
 

@@ -26,12 +26,14 @@ class Plan:
     Attributes:
         cases: different requests; the load goes through them again and again.
         quick: few faults of each scenario.
+        served: requests of a round that are sent after the recovery.
         results: name of the files that results are written to.
     """
 
     seed: int
     quick: bool
     cases: int
+    served: int
     results: str
 
     def faults(self, scenario: Scenario) -> int:
@@ -78,7 +80,8 @@ class Suite:
                 if outcome.skipped is None:
                     async with timed(outcome):
                         try:
-                            stage = stage or await stack.enter_async_context(self._stage(layout))
+                            if stage is None:
+                                stage = await stack.enter_async_context(self._stage(layout))
                             await self._play(scenario, stage, outcome)
                         except ChaosError as error:
                             outcome.broken = str(error)
@@ -110,6 +113,7 @@ class Suite:
             self.plan.faults(scenario),
             self.plan.seed,
             scenario.share,
+            self.plan.served,
         )
         outcome.notes["requests per second"] = round(arena.rate, 2)
         await arena.remember()

@@ -28,7 +28,7 @@ KINDS = (
 )
 UNHURRIED = frozenset({"leaving", "slow reader"})  # silences of their own making
 LONG_TOKENS = 96
-_SHORT_TOKENS = (8, 28)
+_SHORT_TOKENS = (6, 24)
 _PROMPT_CHARACTERS = (40, 320)
 _SUFFIX_CHARACTERS = 80
 _SLOW_S = 0.15

@@ -278,7 +278,7 @@ def test_results_are_written_after_every_scenario_and_a_broken_one_stops_nobody(
 
 async def test_scenarios_of_one_layout_share_a_server_and_keep_their_names_apart() -> None:
     told: list[list[str]] = []
-    suite = Suite(Plan(0, True, 10, "results"), lambda outcomes: told.append(list(outcomes)))
+    suite = Suite(Plan(0, True, 10, 1, "results"), lambda outcomes: told.append(list(outcomes)))
     await suite.run([Skipped(), Skipped()])
     assert told == [["skipped"], ["skipped"]]
     names = [scenario.name for scenario in SCENARIOS]
