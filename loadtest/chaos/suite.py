@@ -85,6 +85,8 @@ class Suite:
                             await self._play(scenario, stage, outcome)
                         except ChaosError as error:
                             outcome.broken = str(error)
+                        except Exception as error:  # of the suite itself: the others still run
+                            outcome.broken = f"{type(error).__name__}: {error}"
                 self.report(self.outcomes)
                 if outcome.broken or outcome.kept:
                     break
