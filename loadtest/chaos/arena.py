@@ -112,6 +112,8 @@ class Arena:
                 f"recovery from: {fault.name}",
             )
             recovered = load.now
+            about = f"{self.outcome.scenario}: {fault.name}: whole after {recovered - at:.1f} s"
+            print(about, flush=True)
             await load.until_served(self.served, _SERVED_S)
         return Blow(load.records, at, recovered)
 
