@@ -34,7 +34,7 @@ bench-peers: $(READY)
 
 # Faults under load, every answer compared with the undisturbed one; about 20 minutes. As root on
 # Linux also several nodes, in network namespaces.
-chaos: $(READY)
+chaos: $(READY) redis
 	$(BIN)/python -m loadtest.chaos
 
 $(READY): pyproject.toml constraints.txt
@@ -51,6 +51,16 @@ chromium:
 		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } \
 			|| echo "chromium could not be installed: its tests will be skipped"; \
 	else echo "chromium is not on PATH (Debian: apt-get install chromium): its tests will be skipped"; \
+	fi
+
+# The store of a cluster whose head dies; without it that scenario is skipped.
+.PHONY: redis
+redis:
+	@if command -v redis-server >/dev/null; then exit 0; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends redis-server; } \
+			|| echo "redis-server could not be installed: the loss of a head is skipped"; \
+	else echo "redis-server is not on PATH (Debian: apt-get install redis-server): skipped"; \
 	fi
 
 clean:

@@ -21,10 +21,12 @@ _GONE = ("DEAD", "REMOVED")
 
 
 class Census:
-    """A resident census process."""
+    """A resident census process of a server's cluster, started when it is first asked and anew
+    when it has died with the node that it ran on."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._process: asyncio.subprocess.Process | None = None
 
     async def count(self) -> dict[str, dict[str, int]]:
         """Living actors by class, and placement groups by state.
@@ -32,38 +34,51 @@ class Census:
         Raises:
             ChaosError: the cluster does not answer.
         """
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
+        process = await self._running()
+        assert process.stdin is not None
+        assert process.stdout is not None
         try:
             async with asyncio.timeout(_ANSWER_S):
-                self._process.stdin.write(b"\n")
-                await self._process.stdin.drain()
-                line = await self._process.stdout.readline()
+                process.stdin.write(b"\n")
+                await process.stdin.drain()
+                line = await process.stdout.readline()
             answer: dict[str, dict[str, int]] = json.loads(line)
         except (TimeoutError, ConnectionError, ValueError) as error:
+            await self.close()
             raise ChaosError(f"the cluster tells no actors: {type(error).__name__}") from error
         return answer
+
+    async def close(self) -> None:
+        """Ends the process; the next count starts another."""
+        if self._process is not None:
+            if self._process.returncode is None:
+                self._process.kill()
+            await self._process.wait()
+            self._process = None
+
+    async def _running(self) -> asyncio.subprocess.Process:
+        if self._process is None or self._process.returncode is not None:
+            self._process = await asyncio.create_subprocess_exec(
+                *self._server.prefix,
+                sys.executable,
+                "-m",
+                "loadtest.chaos.census",
+                env=dict(self._server.variables),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.DEVNULL,
+            )
+        return self._process
 
 
 @asynccontextmanager
 async def census(server: Server) -> AsyncIterator[Census]:
-    """A census of a server's cluster."""
-    process = await asyncio.create_subprocess_exec(
-        *server.prefix,
-        sys.executable,
-        "-m",
-        "loadtest.chaos.census",
-        env=dict(server.variables),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-    )
+    """A census of a server's cluster for the body."""
+    counter = Census(server)
     try:
-        yield Census(process)
+        yield counter
     finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
+        await counter.close()
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""What is done to a whole node: its cable pulled, its raylet or its power gone, or drained.
+"""What is done to a whole node: its cable pulled, its raylet or its power gone, or drained; and
+to the head.
 
 Each fault ends with the node back: new, empty and reachable.
 """
@@ -6,6 +7,8 @@ Each fault ends with the node back: new, empty and reachable.
 import asyncio
 from abc import abstractmethod
 from dataclasses import dataclass
+
+import httpx
 
 from loadtest.chaos.faults import Fault
 from loadtest.chaos.node_server import NodeServer
@@ -15,6 +18,7 @@ from loadtest.chaos.server import PROGRAM, Server
 from loadtest.chaos.waiting import ChaosError, until
 
 _UNPLUGGED_S = 10.0
+_HEADLESS_S = 5.0
 _EMPTY_S = 90.0
 _DRAINED_S = 150.0
 
@@ -111,6 +115,33 @@ class DrainNode(NodeFault):
             _EMPTY_S,
             "nothing served on a drained node",
         )
+
+
+@dataclass
+class HeadLoss(Fault):
+    """Every process of the head is killed: GCS, its raylet, Serve's controller, a proxy. It comes
+    back after a while with the same address and the same store."""
+
+    name = "kill the head"
+    cut_ingresses: bool = False
+
+    @property
+    def excuses(self) -> bool:
+        return self.cut_ingresses
+
+    async def strike(self, server: Server) -> None:
+        assert isinstance(server, NodeServer)
+        assert server.cluster is not None
+        head = server.cluster.head
+        self.cut_ingresses = "ingress" in {process.role for process in server.on(head)}
+        await asyncio.to_thread(server.cluster.kill, head)
+        try:
+            await asyncio.sleep(_HEADLESS_S)
+        finally:
+            await asyncio.to_thread(_renew, server, head)
+
+    async def recovered(self, server: Server, client: httpx.AsyncClient) -> bool:
+        return bool(server.pids("controller")) and await super().recovered(server, client)
 
 
 def _renew(server: NodeServer, node: Node) -> None:

@@ -1,18 +1,20 @@
 """A server under test on several nodes of one machine, each a network namespace.
 
 The head holds control and no model; engines and ranks lie on the others, which are what is hurt.
-Clients reach the head's proxy.
+Clients reach the head's proxy; where the head itself is hurt, that of another node.
 """
 
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from deploy.local_ray import serve_environment
 from loadtest.chaos.nodes import Node, NodeCluster, NodesError, NodeSpec, node_cluster
 from loadtest.chaos.processes import Process
+from loadtest.chaos.redis_store import redis_store
 from loadtest.chaos.server import MARK, PROGRAM, TARGETS, Layout, Server, ready, write_settings
 from loadtest.chaos.waiting import ChaosError
 
@@ -50,9 +52,10 @@ async def running_on_nodes(layout: Layout) -> AsyncIterator[NodeServer]:
     with tempfile.TemporaryDirectory(prefix="xc-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         mark = {MARK: name, "PYTHONUNBUFFERED": "1"}
+        store = partial(redis_store, folder=folder) if layout.redis else None
         variables = mark | serve_environment(folder, _LONGEST_STREAM_S)
         try:
-            with node_cluster(specs, folder, variables) as cluster:
+            with node_cluster(specs, folder, variables, store) as cluster:
                 yield await _served(cluster, layout, folder)
         except NodesError as error:
             raise ChaosError(f"the nodes did not come up: {error}") from error
@@ -68,8 +71,9 @@ async def _served(cluster: NodeCluster, layout: Layout, folder: Path) -> NodeSer
     command = [*PROGRAM, "up", "--config", str(config)]
     process = cluster.spawn(cluster.head, command, log, RAY_ADDRESS=cluster.address)
     await ready(process, log)
+    front = cluster.nodes[1] if layout.redis else cluster.head
     return NodeServer(
-        url=f"http://{cluster.head.address}:{_PORT}",
+        url=f"http://{front.address}:{_PORT}",
         mark=f"{MARK}={folder}",
         workdir=folder,
         config=config,

@@ -13,8 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -178,13 +178,18 @@ def why_not() -> str | None:
 
 @contextmanager
 def node_cluster(
-    specs: Sequence[NodeSpec], folder: Path, environment: Mapping[str, str] | None = None
+    specs: Sequence[NodeSpec],
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+    prepare: Callable[[str], AbstractContextManager[Mapping[str, str]]] | None = None,
 ) -> Iterator[NodeCluster]:
     """A running cluster of these nodes, the first of them the head; afterwards nothing is left.
 
     Args:
         folder: short, empty, for logs and Ray's own files.
         environment: more variables for every process of the cluster.
+        prepare: given this machine's own address in the nodes' network, once that is there and
+            before Ray is; entered for as long as the cluster runs, and gives more variables.
 
     Raises:
         NodesError: it did not come up.
@@ -205,9 +210,11 @@ def node_cluster(
         _ip("link", "set", mark, "up")
         for node in nodes:
             _plug_in(node, mark, f"{subnet}.254")
-        cluster.start(nodes[0])
-        cluster.start(*nodes[1:])
-        yield cluster
+        with nullcontext({}) if prepare is None else prepare(f"{subnet}.254") as more:
+            variables.update(more)
+            cluster.start(nodes[0])
+            cluster.start(*nodes[1:])
+            yield cluster
     finally:
         _remove(cluster)
 

@@ -41,6 +41,7 @@ class Layout:
     engines: int = 1
     ingresses: int = 1
     nodes: bool = False  # over several of them
+    redis: bool = False  # keeps what the head knows
 
     def settings(self, port: int, targets: Path) -> dict[str, Any]:
         """As `expertline up --config` reads them: fp32, so that answers can be compared."""
@@ -61,6 +62,7 @@ class Layout:
 
     def __str__(self) -> str:
         where = " over nodes" if self.nodes else ""
+        where += ", Redis" if self.redis else ""
         return f"{self.engines} × ({self.stages}×{self.ranks}){where}"
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from loadtest.chaos.scenario import Scenario
 from loadtest.chaos.scenarios.disconnect import Disconnect
 from loadtest.chaos.scenarios.engine_kill import EngineKill
+from loadtest.chaos.scenarios.head_loss import HeadLoss
 from loadtest.chaos.scenarios.mixed import Mixed
 from loadtest.chaos.scenarios.node_drain import NodeDrain
 from loadtest.chaos.scenarios.node_loss import NodeLoss
@@ -21,4 +22,5 @@ SCENARIOS: Sequence[Scenario] = (
     Mixed(),
     NodeDrain(),
     NodeLoss(),
+    HeadLoss(),
 )
