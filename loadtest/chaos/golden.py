@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import httpx
 
@@ -29,12 +29,14 @@ class Golden:
         unsteady: cases left out, since alone and among others they were answered differently:
             fp32 sums in another order, with two tokens as good as equally likely.
         tokens_per_second: of the run with several at once.
+        alone: answers to all cases asked one by one, unsteady ones too.
     """
 
     calls: list[Call]
     answers: list[Transcript]
     unsteady: int
     tokens_per_second: float
+    alone: list[Transcript] = field(default_factory=list, repr=False)
 
     @property
     def mean_tokens(self) -> float:
@@ -42,13 +44,19 @@ class Golden:
         return sum(answer.received for answer in self.answers) / len(self.answers)
 
 
-async def record(url: str, calls: Sequence[Call]) -> Golden:
+async def record(
+    url: str, calls: Sequence[Call], alone: Sequence[Transcript] | None = None
+) -> Golden:
     """Asks for everything twice: one by one, and several at once.
+
+    Args:
+        alone: what another server, of whatever layout, answered one by one; None: ask.
 
     Raises:
         ChaosError: a request failed with nothing disturbing it, or too many are unsteady.
     """
-    alone, _ = await _ask(url, calls, 1)
+    if alone is None:
+        alone, _ = await _ask(url, calls, 1)
     among, seconds = await _ask(url, calls, AT_ONCE)
     steady = [
         (call, answer)
@@ -59,7 +67,13 @@ async def record(url: str, calls: Sequence[Call]) -> Golden:
     if unsteady > _MOST_UNSTEADY * len(calls):
         raise ChaosError(f"{unsteady} of {len(calls)} answers differ without any fault")
     tokens = sum(answer.received for answer in among)
-    return Golden([c for c, _ in steady], [a for _, a in steady], unsteady, tokens / seconds)
+    return Golden(
+        [call for call, _ in steady],
+        [answer for _, answer in steady],
+        unsteady,
+        tokens / seconds,
+        list(alone),
+    )
 
 
 async def _ask(url: str, calls: Sequence[Call], at_once: int) -> tuple[list[Transcript], float]:

@@ -15,6 +15,7 @@ from loadtest.chaos.scenario import Scenario
 from loadtest.chaos.server import MODEL, Layout, Server, running
 from loadtest.chaos.waiting import ChaosError
 from loadtest.chaos.workload import cases
+from loadtest.transcript import Transcript
 
 Report = Callable[[dict[str, Outcome]], None]
 
@@ -57,6 +58,7 @@ class Suite:
     plan: Plan
     report: Report
     outcomes: dict[str, Outcome] = field(default_factory=dict)
+    _alone: list[Transcript] | None = None
 
     async def run(self, scenarios: Sequence[Scenario]) -> None:
         """All of them, those of one layout on one server as long as it is unhurt."""
@@ -96,7 +98,9 @@ class Suite:
     async def _stage(self, layout: Layout) -> AsyncIterator[_Stage]:
         start = running_on_nodes if layout.nodes else running
         async with start(layout) as server, census(server) as counted:
-            golden = await record(server.url, cases(self.plan.seed, MODEL, self.plan.cases))
+            calls = cases(self.plan.seed, MODEL, self.plan.cases)
+            golden = await record(server.url, calls, self._alone)
+            self._alone = golden.alone
             async with httpx.AsyncClient(trust_env=False) as client:
                 yield _Stage(server, client, counted, golden)
 
