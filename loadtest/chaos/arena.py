@@ -75,13 +75,14 @@ class Arena:
         self._before = await holdings(self.server, self.client, self.census)
 
     @asynccontextmanager
-    async def load(self, fault: Fault | None = None) -> AsyncIterator[Load]:
+    async def load(self, fault: Fault | None = None, streams: int = 1) -> AsyncIterator[Load]:
         """A load for the body; its answers are in the outcome afterwards, and so is what the
         server did not give back when all was over."""
         self._rounds += 1
         name = "no fault" if fault is None else fault.name
         self.outcome.faults += [name] if fault is not None else []
-        load = Load(self.server.url, self.golden, self.rate, self.seed + self._rounds)
+        seed = self.seed + self._rounds
+        load = Load(self.server.url, self.golden, self.rate, seed, streams)
         try:
             async with load:
                 yield load
@@ -102,8 +103,8 @@ class Arena:
         Raises:
             ChaosError: it could not strike, or the server did not recover.
         """
-        async with self.load(fault) as load:
-            await load.until_running(streams)
+        async with self.load(fault, streams) as load:
+            await load.until_running()
             at = load.now
             await fault.strike(self.server)
             await until(

@@ -36,14 +36,16 @@ class Load:
     Args:
         rate: mean arrivals in a second.
         seed: of arrivals and of the order of the cases.
+        streams: so many long ones arrive at the very beginning, to be hit.
     """
 
-    def __init__(self, url: str, golden: Golden, rate: float, seed: int) -> None:
+    def __init__(self, url: str, golden: Golden, rate: float, seed: int, streams: int = 1) -> None:
         self.judged: list[Judged] = []
         self._golden = golden
         self._rate = rate
         self._seed = seed
-        self._order = in_turn(golden.calls, seed)
+        self._streams = streams
+        self._order = in_turn(golden.calls, seed, streams)
         self._stopped = False
         self._client = httpx.AsyncClient(
             timeout=httpx.Timeout(REQUEST_S, connect=10.0),
@@ -79,10 +81,10 @@ class Load:
         await asyncio.gather(self._playing, return_exceptions=kind is not None)
         await self._client.aclose()
 
-    async def until_running(self, streams: int = 1) -> None:
-        """Until so many streams are in the midst of their tokens."""
+    async def until_running(self) -> None:
+        """Until as many streams as are to be hit are in the midst of their tokens."""
         await until(
-            lambda: len(self.running()) >= streams, _RUNNING_S, f"{streams} running streams"
+            lambda: len(self.running()) >= self._streams, _RUNNING_S, "enough running streams"
         )
 
     async def until_served(self, requests: int, within_s: float) -> None:
@@ -104,7 +106,7 @@ class Load:
         ]
 
     def _arrivals(self) -> Iterator[float]:
-        yield 0.0  # a long one, so that there is a stream to hit
+        yield from [0.0] * self._streams
         for due in poisson(self._rate, self._seed):
             if self._stopped:
                 return

@@ -4,6 +4,7 @@ A case is a pure function of (seed, number). All are greedy or sampled with a se
 ask for their token ids, and all but one kind are streamed.
 """
 
+import itertools
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -54,12 +55,12 @@ def undisturbed(call: Call) -> Call:
     return Call(call.kind, call.path, call.body)
 
 
-def in_turn(calls: Sequence[Call], seed: int) -> list[int]:
-    """An order of its own for a round, as indices: a long one first, then the rest, shuffled."""
+def in_turn(calls: Sequence[Call], seed: int, long_ones: int) -> list[int]:
+    """An order of its own for a round, as indices: some long ones first, then all, shuffled."""
     order = list(range(len(calls)))
     random.Random(seed).shuffle(order)
-    order.sort(key=lambda index: calls[index].kind == LONG, reverse=True)
-    return [order[0], *random.Random(seed + 1).sample(order[1:], len(order) - 1)]
+    lasting = [index for index in order if calls[index].kind == LONG]
+    return [*itertools.islice(itertools.cycle(lasting), long_ones), *order]
 
 
 def _case(seed: int, model: str, number: int, kind: str) -> Call:

@@ -63,13 +63,13 @@ def test_cases_are_the_seeds_and_have_one_right_answer_each() -> None:
     assert undisturbed(leaving).reading.leave_after is None
 
 
-def test_every_round_has_an_order_of_its_own_and_begins_with_a_long_one() -> None:
+def test_every_round_has_an_order_of_its_own_and_begins_with_long_ones() -> None:
     asked = cases(0, "m", 30)
-    orders = [in_turn(asked, seed) for seed in range(5)]
-    assert all(sorted(order) == list(range(30)) for order in orders)
-    assert all(asked[order[0]].kind == LONG for order in orders)
+    orders = [in_turn(asked, seed, 4) for seed in range(5)]
+    assert all(sorted(order[4:]) == list(range(30)) for order in orders)
+    assert all(asked[index].kind == LONG for order in orders for index in order[:4])
     assert len({tuple(order) for order in orders}) == 5
-    assert in_turn(asked, 2) == orders[2]
+    assert in_turn(asked, 2, 4) == orders[2]
 
 
 def stream(first_s: float, *gaps: float, kind: str = "completion") -> RequestRecord:
