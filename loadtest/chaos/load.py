@@ -17,7 +17,7 @@ from loadtest.transcript import Transcript
 
 REQUEST_S = 120.0
 _HEARD = 3  # chunks of a stream that is running
-_RUNNING_S = 60.0
+_RUNNING_S = 120.0
 _AFTER = 0.5  # seconds after a fault within which the silence that it makes begins
 
 
