@@ -6,13 +6,17 @@ import random
 import sys
 from collections import Counter
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 
 from loadtest.chaos import __main__ as command
 from loadtest.chaos.arena import Arena
 from loadtest.chaos.baseline import Holdings, kept
+from loadtest.chaos.census import Census
+from loadtest.chaos.faults import Fault
 from loadtest.chaos.golden import Golden, record
 from loadtest.chaos.load import Judged, Load, first_tokens, silences
 from loadtest.chaos.outcome import Outcome
@@ -196,6 +200,44 @@ async def test_a_load_judges_every_answer_and_ends_when_it_is_left() -> None:
     assert outcome.requests == len(load.records) >= 6
     assert (outcome.added, outcome.lost, outcome.changed) == (1, 1, 0)
     assert outcome.errors == {"grammar": 1}
+
+
+@dataclass
+class Harmless(Fault):
+    """Changes nothing; the server may yet be called broken."""
+
+    name = "nothing"
+    heals: bool = True
+
+    async def strike(self, server: Server) -> None:
+        if not self.heals:
+            raise ChaosError("nothing to strike")
+
+    async def recovered(self, server: Server, client: httpx.AsyncClient) -> bool:
+        return True
+
+
+async def test_a_round_hits_running_streams_and_keeps_what_came_even_if_it_breaks_off() -> None:
+    stub = Stub()
+    slowly = [part for event in scripted([1, 2, 3, 4, 5, 6]) for part in (event, 0.1)]
+    stub.script = lambda number: slowly
+    text = "".join(f"{token} " for token in range(1, 7))
+    answer = Transcript({0: Choice([1, 2, 3, 4, 5, 6], text, [], "length")}, 7, 6)
+    golden = Golden([Call(LONG, "completions", {"stream": True})], [answer], 0, 60.0)
+    outcome = Outcome("rounds", "")
+    with running(stub):
+        server = Server(stub.url, "NO=PROCESS", Path(), Path(), Path(), Layout())
+        async with httpx.AsyncClient() as client:
+            arena = Arena(server, client, Census(server), golden, outcome, 1, 0, 1.0, 2)
+            assert arena.rate == 10.0
+            blow = await arena.blow(Harmless(arena.rng), streams=3)
+            assert len(silences(blow.records, blow.at)) >= 3
+            first = outcome.requests
+            with pytest.raises(ChaosError, match="nothing to strike"):
+                await arena.blow(Harmless(arena.rng, heals=False))
+    assert outcome.requests > first >= 5
+    assert outcome.faults == ["nothing", "nothing"]
+    assert outcome.flawless
 
 
 async def test_golden_answers_are_asked_twice_and_unsteady_ones_left_out() -> None:
