@@ -98,6 +98,12 @@ class RouterSettings(_Settings):
         512, ge=1, description="what is reserved at most for an answer of unknown length"
     )
     prefix_entries: int = Field(100_000, ge=0, description="pages the prefix index remembers")
+    silence_s: float = Field(
+        3.0,
+        ge=1.0,
+        description="a process of the fleet that says nothing for so long gets nothing new, and "
+        "what it has goes on elsewhere if it can",
+    )
 
 
 class IngressSettings(_Settings):
@@ -109,6 +115,21 @@ class IngressSettings(_Settings):
     max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024)
     max_choices: int = Field(16, ge=1, le=128, description="`n` × prompts of one request")
     max_logprobs: int = Field(20, ge=0)
+    resume_attempts: int = Field(
+        5,
+        ge=0,
+        description="engines that may be lost or may refuse a generation, one after another "
+        "without a token from any of them, before it fails",
+    )
+    resume_timeout_s: float = Field(
+        120.0, gt=0, description="longest pause of a generation whose engine was lost"
+    )
+    keep_alive_s: float = Field(
+        5.0, gt=0, description="a stream that says nothing for so long sends a comment"
+    )
+    max_unread_tokens: int = Field(
+        8192, ge=64, description="of a generation whose client does not read, before it is ended"
+    )
     stored_responses: int = Field(
         0, ge=0, description="answers of /v1/responses that are kept; 0: storing is off"
     )

@@ -1,16 +1,20 @@
 """What ingresses, router and engines tell each other over `wire`.
 
-    engine  → router    EngineHello once, then EngineReport when its load changes
-    ingress → router    IngressHello, LeaseRequest, LeaseRelease
+    engine  → router    EngineHello once, then EngineReport when its load changes, and as a beat
+    ingress → router    IngressHello, LeaseRequest, LeaseHeld, LeaseRelease
     router  → ingress   Fleet when it changes, LeaseGrant or LeaseRefusal per request
+    router  → all       RouterBeat
     ingress → engine    StreamHello, Cancel
-    engine  → ingress   TokenFrame: all that one step produced for this ingress
+    engine  → ingress   TokenFrame: all that one step produced for this ingress; EngineBeat
 
+A process that is stopped, or whose network is gone, closes no connection. So each side that
+others wait for says something every BEAT_S; who hears nothing for long looks elsewhere.
 The request itself travels in a Serve call (`GenerateCall`), which stays open until it ends.
 """
 
 from array import array
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from model.sampling_params import SamplingParams
 from serving.engine.request import EngineStats, Finish, PromptScores, Request, TokenOutput
@@ -30,11 +34,24 @@ class EngineHello:
     metrics_addresses: list[str]  # its own and its ranks'
 
 
+BEAT_S = 0.5  # the longest silence of a process that is well
+
+
+class Condition(StrEnum):
+    """What an engine is about."""
+
+    SERVING = "serving"
+    REPAIRING = "repairing"  # its gang is being made whole; what it has waits, and goes on
+    DRAINING = "draining"  # finishes or hands over what it has
+    STOPPING = "stopping"  # takes nothing any more
+
+
 @dataclass(slots=True)
 class EngineReport:
-    """An engine's load now."""
+    """An engine's load now, and what it is about."""
 
     stats: EngineStats
+    condition: Condition = Condition.SERVING
 
 
 @dataclass(slots=True)
@@ -73,6 +90,8 @@ class LeaseRequest:
     max_tokens: int
     page_hashes: list[bytes]
     deadline_s: float  # how long the client is willing to queue
+    avoid: str = ""  # an engine that has just failed or sent away this very generation
+    continued: bool = False  # it was admitted before, and is never turned away for a full queue
 
 
 @dataclass(slots=True)
@@ -82,6 +101,14 @@ class LeaseGrant:
     request_id: str
     engine_id: str
     reserved_tokens: int
+
+
+@dataclass(slots=True)
+class LeaseHeld:
+    """Told to a new router: this request runs on that engine already."""
+
+    request: LeaseRequest
+    engine_id: str
 
 
 @dataclass(slots=True)
@@ -102,6 +129,11 @@ class LeaseRelease:
 
 
 @dataclass(slots=True)
+class RouterBeat:
+    """The router is there."""
+
+
+@dataclass(slots=True)
 class StreamHello:
     """An ingress opens its token stream to an engine."""
 
@@ -113,6 +145,13 @@ class Cancel:
     """Nobody waits for this request any more."""
 
     request_id: str
+
+
+@dataclass(slots=True)
+class EngineBeat:
+    """The engine is there, and about this."""
+
+    condition: Condition
 
 
 @dataclass(slots=True)
@@ -134,8 +173,10 @@ ROUTER_CODEC = Codec(
     Fleet,
     LeaseGrant,
     LeaseRefusal,
+    LeaseHeld,
+    RouterBeat,
 )
-STREAM_CODEC = Codec(StreamHello, Cancel, TokenFrame)
+STREAM_CODEC = Codec(StreamHello, Cancel, TokenFrame, EngineBeat)
 
 
 @dataclass(slots=True)
@@ -151,6 +192,7 @@ class GenerateCall:
     tenant: str
     priority: int
     cache_salt: str
+    generated: int = 0
 
     @classmethod
     def of(cls, ingress_id: str, request: Request) -> "GenerateCall":
@@ -164,6 +206,7 @@ class GenerateCall:
             tenant=request.tenant,
             priority=request.priority,
             cache_salt=request.cache_salt,
+            generated=request.generated,
         )
 
     def request(self) -> Request:
@@ -176,4 +219,5 @@ class GenerateCall:
             tenant=self.tenant,
             priority=self.priority,
             cache_salt=self.cache_salt,
+            generated=self.generated,
         )

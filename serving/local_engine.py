@@ -64,7 +64,7 @@ class LocalEngine:
                     ended = True
                     if output.reason is FinishReason.LENGTH:
                         return
-                    raise GenerationFailed(f"{output.reason}: {output.message}")
+                    raise GenerationFailed(output.message)
                 ended = output.ends
                 yield output
         finally:

@@ -6,6 +6,7 @@ import msgspec
 
 from serving.api.errors import ApiError
 
+WAITING = b": waiting\n\n"  # a comment: clients skip it
 DONE = b"data: [DONE]\n\n"
 _encoder = msgspec.json.Encoder()
 

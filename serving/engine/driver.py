@@ -9,8 +9,6 @@ import gc
 import os
 import secrets
 import time
-from collections import defaultdict
-from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -18,18 +16,9 @@ from ray import serve
 
 from serving.config import Settings
 from serving.engine.loop import EngineLoop, GangFailure
-from serving.engine.request import Output, PromptScores, RequestError, TokenOutput
+from serving.engine.request import RequestError
 from serving.engine.scheduler import Scheduler
-from serving.fleet import (
-    STREAM_CODEC,
-    Cancel,
-    EngineHello,
-    EngineLoading,
-    EngineReport,
-    GenerateCall,
-    StreamHello,
-    TokenFrame,
-)
+from serving.fleet import BEAT_S, EngineHello, EngineLoading, EngineReport, GenerateCall
 from serving.gang.gang import Gang
 from serving.gang.placement import RayLauncher
 from serving.node import node_address
@@ -39,7 +28,7 @@ from serving.telemetry.exporter import MetricsExporter
 from serving.telemetry.logs import get_logger, setup_logging
 from serving.telemetry.metrics import EngineMetrics, count_tasks, new_registry
 from serving.telemetry.observer import StepObserver
-from serving.wire import Channel, ChannelServer, WireError
+from serving.token_streams import TokenStreams
 
 log = get_logger("engine")
 _REPORT_S = 0.1
@@ -63,18 +52,19 @@ class Engine:
             settings.telemetry.targets_directory,
             {"process": "engine", "replica": self._id},
         )
-        self._streams: dict[str, Channel] = {}
-        self._owners: dict[str, str] = {}  # request id → ingress id
-        self._ends: dict[str, asyncio.Future[None]] = {}
+        self._streams = TokenStreams(secret, lambda request_id: self._loop.cancel(request_id))
         self._hello: EngineHello | EngineLoading = EngineLoading(self._id, 0, 0)
-        self._link = RouterLink(router, secret, lambda: self._hello)
+        self._link = RouterLink(
+            router, secret, lambda: self._hello, silence_s=settings.router.silence_s
+        )
         self._scheduler = Scheduler(engine_limits(settings))
         self._gang = await self._start_gang(gpus)
         observer = StepObserver(EngineMetrics(registry), self._scheduler)
-        self._loop = EngineLoop(self._scheduler, self._gang, self._emit, time.monotonic, observer)
+        self._loop = EngineLoop(
+            self._scheduler, self._gang, self._streams.emit, time.monotonic, observer
+        )
         self._running = asyncio.create_task(self._run(), name="engine-loop")
-        self._server = ChannelServer(secret, STREAM_CODEC, self._serve_ingress)
-        await self._join_fleet(await self._server.start(self._host))
+        await self._join_fleet(await self._streams.start(self._host))
         self._reporting = asyncio.create_task(self._report(), name="engine-report")
         gc.collect()
         gc.freeze()  # what a start leaves behind would only make every later pause longer
@@ -86,11 +76,7 @@ class Engine:
             None when it has ended, or why this engine can never serve it.
         """
         request = call.request()
-        if call.ingress_id not in self._streams:
-            raise RuntimeError("the ingress has no token stream to this engine")
-        end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._owners[request.id] = call.ingress_id
-        self._ends[request.id] = end
+        end = self._streams.open(request.id, call.ingress_id)
         try:
             self._loop.submit(request)
             await end
@@ -99,8 +85,7 @@ class Engine:
         finally:
             if not end.done() or end.cancelled():  # the Serve call was cancelled
                 self._loop.cancel(request.id)
-            self._owners.pop(request.id, None)
-            self._ends.pop(request.id, None)
+            self._streams.forget(request.id)
         return None
 
     def check_health(self) -> None:
@@ -114,7 +99,7 @@ class Engine:
         self._running.cancel()
         await asyncio.gather(self._running, self._reporting, return_exceptions=True)
         await self._gang.stop()
-        await self._server.close()
+        await self._streams.close()
         self._exporter.close()
 
     async def _start_gang(self, gpus: bool) -> Gang:
@@ -133,8 +118,7 @@ class Engine:
 
     def _loading(self, done: int, total: int) -> None:
         self._hello = EngineLoading(self._id, done, total)
-        if self._link.connected:
-            self._link.send(self._hello)
+        self._link.tell(self._hello)
 
     async def _join_fleet(self, port: int) -> None:
         limits = engine_limits(self._settings)
@@ -147,8 +131,7 @@ class Engine:
             max_request_tokens=limits.max_request_tokens,
             metrics_addresses=[self._exporter.address, *self._gang.metrics_addresses],
         )
-        if self._link.connected:
-            self._link.send(self._hello)
+        self._link.tell(self._hello)
 
     async def _run(self) -> None:
         """The step loop; losing the gang ends this process, and Serve starts another."""
@@ -156,65 +139,16 @@ class Engine:
             await self._loop.run()
         except GangFailure as error:
             log.event("ERROR", "gang.lost", reason=str(error))
-            for channel in list(self._streams.values()):
-                await channel.close()
+            await self._streams.cut()
             os._exit(1)
 
     async def _report(self) -> None:
-        """Keeps the router informed; a report is small and goes out only when there is news."""
-        last = None
+        """Keeps the router informed: news at once, and none for no longer than a beat."""
+        last, told_at = None, 0.0
         while True:
-            stats = self._scheduler.stats()
-            if stats != last and self._link.connected and isinstance(self._hello, EngineHello):
-                self._link.send(EngineReport(stats))
-                last = stats
+            report = EngineReport(self._scheduler.stats(), self._streams.condition)
+            due = report != last or time.monotonic() - told_at > BEAT_S
+            if due and isinstance(self._hello, EngineHello):
+                self._link.tell(report)
+                last, told_at = report, time.monotonic()
             await asyncio.sleep(_REPORT_S)
-
-    async def _serve_ingress(self, channel: Channel) -> None:
-        hello = await channel.receive()
-        if not isinstance(hello, StreamHello):
-            return
-        self._streams[hello.ingress_id] = channel
-        channel.send(hello)  # from here on requests of this ingress can be served
-        try:
-            while True:
-                message = await channel.receive()
-                if isinstance(message, Cancel):
-                    self._cancel(message.request_id)
-        except WireError:
-            log.event("INFO", "ingress.left", ingress=hello.ingress_id)
-        finally:
-            if self._streams.get(hello.ingress_id) is channel:
-                del self._streams[hello.ingress_id]
-                for request_id in [k for k, v in self._owners.items() if v == hello.ingress_id]:
-                    self._cancel(request_id)
-
-    def _cancel(self, request_id: str) -> None:
-        end = self._ends.get(request_id)
-        if end is not None and not end.done():
-            self._loop.cancel(request_id)
-            end.set_result(None)
-
-    def _emit(self, outputs: Sequence[Output]) -> None:
-        """Sends one frame to each ingress that a step had news for."""
-        frames: dict[str, TokenFrame] = defaultdict(TokenFrame)
-        for output in outputs:
-            ingress_id = self._owners.get(output.request_id)
-            if ingress_id is None:
-                continue
-            if isinstance(output, TokenOutput):
-                frames[ingress_id].tokens.append(output)
-            elif isinstance(output, PromptScores):
-                frames[ingress_id].scores.append(output)
-            else:
-                frames[ingress_id].ended.append(output)
-            end = self._ends.get(output.request_id)
-            if output.ends and end is not None and not end.done():
-                end.set_result(None)
-        for ingress_id, frame in frames.items():
-            channel = self._streams.get(ingress_id)
-            try:
-                if channel is not None:
-                    channel.send(frame)
-            except WireError:
-                log.event("WARNING", "ingress.stalled", ingress=ingress_id)

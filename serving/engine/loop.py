@@ -109,7 +109,7 @@ class EngineLoop:
 
         Raises:
             GangFailure: the gang is lost, or the engine's own books are; every running request
-                was told so first.
+                was told first that it may go on elsewhere.
         """
         try:
             while True:
@@ -128,7 +128,7 @@ class EngineLoop:
 
     def _give_up(self, failure: GangFailure) -> None:
         self._failure = failure
-        lost = [Finish(i, FinishReason.ERROR, str(failure)) for i in sorted(self._requests)]
+        lost = [Finish(i, FinishReason.MOVED, str(failure)) for i in sorted(self._requests)]
         self._requests.clear()
         self._emit(lost)
 

@@ -13,6 +13,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     CANCELLED = "cancelled"
     ERROR = "error"
+    MOVED = "moved"  # over on this engine; to be continued on another
 
 
 class RequestError(Exception):
@@ -21,7 +22,10 @@ class RequestError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One generation: `n` choices of a client are `n` requests."""
+    """One generation: `n` choices of a client are `n` requests.
+
+    One that another engine began brings what it got there along, at the end of `prompt`.
+    """
 
     id: str
     prompt: list[int]
@@ -31,6 +35,12 @@ class Request:
     tenant: str = ""  # salts the prefix cache: tenants never see each other's pages
     priority: int = 0  # lower goes first
     cache_salt: str = ""  # keeps the client's own prompts apart from each other, too
+    generated: int = 0  # how many of `prompt`, the last ones, are output of an earlier engine
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the client's own prompt."""
+        return len(self.prompt) - self.generated
 
     @property
     def cache_scope(self) -> str:
@@ -47,9 +57,9 @@ class Request:
 class RequestStats:
     """What the engine did for one request; `TokenOutput` aside, all that a client is billed by."""
 
-    prompt_tokens: int
-    cached_tokens: int = 0  # prompt tokens found in the prefix cache when first scheduled
-    generated_tokens: int = 0
+    prompt_tokens: int  # the client's own
+    cached_tokens: int = 0  # of these, found in the prefix cache when first scheduled
+    generated_tokens: int = 0  # by this engine
     preemptions: int = 0
 
 
@@ -62,7 +72,7 @@ class TokenOutput:
     logprob: float | None = None
     top: list[tuple[int, float]] = field(default_factory=list)
     finish: FinishReason | None = None
-    stats: RequestStats | None = None  # with the finish
+    stats: RequestStats | None = None  # with the first token and with the finish
 
     @property
     def ends(self) -> bool:

@@ -89,6 +89,8 @@ class Scheduler:
             raise RequestError("the prompt is empty")
         if min(request.prompt) < 0 or max(request.prompt) >= self.limits.vocab_size:
             raise RequestError("a token id is outside the vocabulary")
+        if not 0 <= request.generated < len(request.prompt):
+            raise RequestError("of a prompt, at least one token is the client's own")
         if request.max_tokens < (0 if request.scored else 1):
             raise RequestError("max_tokens must be at least 1, or 0 with prompt_logprobs")
         if total > limit:
@@ -221,7 +223,7 @@ class Scheduler:
             new = NewSequence(
                 sequence.id,
                 list(sequence.tokens),
-                len(sequence.request.prompt),
+                sequence.request.prompt_tokens,
                 sequence.request.sampling,
             )
             sequence.sent_tokens = sequence.known
@@ -256,7 +258,8 @@ class Scheduler:
         sequence.place(column, cached)
         insort(self._running[column], sequence, key=_by_rank)
         if sequence.epoch == 0:
-            sequence.stats.cached_tokens = sequence.scheduled
+            own = sequence.request.prompt_tokens
+            sequence.stats.cached_tokens = min(sequence.scheduled, own)
             self._prefix_query_tokens += sequence.known
             self._prefix_hit_tokens += sequence.scheduled
 
@@ -264,7 +267,7 @@ class Scheduler:
         """Puts the sequence's next `count` positions into the plan."""
         end = sequence.scheduled + count
         request = sequence.request
-        last_scored = min(end, len(request.prompt) - 1)
+        last_scored = min(end, request.prompt_tokens - 1)
         plan.slices.append(
             Slice(
                 sequence.id,
@@ -320,8 +323,9 @@ class Scheduler:
         elif sequence.stats.generated_tokens == request.max_tokens:
             output.finish = FinishReason.LENGTH
         if output.finish is not None:
-            output.stats = sequence.stats
             self._end(sequence)
+        if output.finish is not None or sequence.stats.generated_tokens == 1:
+            output.stats = sequence.stats
         return output
 
     def _end(self, sequence: Sequence) -> None:

@@ -36,7 +36,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
         self.chain = HashChain(self.request.cache_scope)
-        self.stats = RequestStats(prompt_tokens=len(self.request.prompt))
+        self.stats = RequestStats(prompt_tokens=self.request.prompt_tokens)
 
     @property
     def known(self) -> int:

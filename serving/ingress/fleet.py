@@ -2,216 +2,99 @@
 
 One TCP connection to every engine carries the tokens of all this ingress's requests there. The
 ingress remembers the fleet that the router last told it of, so that it can choose an engine by
-itself while the router is away.
+itself while the router is away. Whoever finds no engine at all waits for one, within its time.
 """
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from serving.api.errors import ApiError
-from serving.engine.request import Finish, PromptScores, TokenOutput
+from serving.config import Settings
+from serving.engine.request import FinishReason
 from serving.fleet import (
-    STREAM_CODEC,
-    Cancel,
-    EngineHello,
+    BEAT_S,
+    Condition,
     Fleet,
     IngressHello,
     LeaseGrant,
+    LeaseHeld,
     LeaseRefusal,
     LeaseRelease,
     LeaseRequest,
-    StreamHello,
     TokenFrame,
 )
+from serving.ingress.engine_stream import EngineStream
+from serving.ingress.inbox import EngineLost, Inbox
 from serving.router.link import RouterLink
 from serving.telemetry.logs import get_logger
-from serving.wire import Channel, WireError, connect
 
 log = get_logger("fleet")
-_RECONNECT_S = 0.2
-
-
-@dataclass(slots=True)
-class Inbox:
-    """What has arrived for one request and not been read yet."""
-
-    tokens: list[TokenOutput] = field(default_factory=list)
-    scores: list[PromptScores] = field(default_factory=list)
-    ended: Finish | None = None
-    failure: ApiError | None = None
-    _reader: "asyncio.Future[None] | None" = None  # what the one reader waits for
-
-    def push(self, token: TokenOutput) -> None:
-        self.tokens.append(token)
-        self._wake()
-
-    def push_scores(self, scores: PromptScores) -> None:
-        self.scores.append(scores)
-        self._wake()
-
-    def end(self, finish: Finish) -> None:
-        self.ended = finish
-        self._wake()
-
-    def fail(self, failure: ApiError) -> None:
-        """The request cannot go on; tokens that came before are still delivered."""
-        self.failure = self.failure or failure
-        self._wake()
-
-    async def read_scores(self, count: int) -> list[PromptScores]:
-        """The prompt's scores, once all `count` tokens of it have one.
-
-        Raises:
-            ApiError: the request failed first.
-        """
-        while sum(len(scores.logprobs) for scores in self.scores) < count:
-            if self.failure is not None:
-                raise self.failure
-            if self.ended is not None:
-                raise ApiError(500, self.ended.message or "The generation ended early.")
-            await self._wait()
-        return self.scores
-
-    async def read(self) -> list[TokenOutput]:
-        """Every new token; empty when the request has ended without another one.
-
-        Raises:
-            ApiError: the request failed.
-        """
-        while not self.tokens:
-            if self.failure is not None:
-                raise self.failure
-            if self.ended is not None:
-                return []
-            await self._wait()
-        tokens, self.tokens = self.tokens, []
-        return tokens
-
-    def _wake(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
-
-    async def _wait(self) -> None:
-        """Until something comes. A bare future: an event costs three times as much a token."""
-        self._reader = asyncio.get_running_loop().create_future()
-        await self._reader
-
-
-class EngineStream:
-    """The connection to one engine, kept up for as long as the engine is in the fleet.
-
-    A connection outlives the engine's place in the fleet: a router that has just started knows
-    no engine yet, and an engine that is leaving finishes what it has.
-
-    Args:
-        deliver: called with what the engine sends.
-        lost: called with the requests that a lost connection carried.
-        ended: called when neither a connection nor a place in the fleet is left.
-    """
-
-    def __init__(
-        self,
-        engine: EngineHello,
-        ingress_id: str,
-        secret: bytes,
-        deliver: Callable[[TokenFrame], None],
-        lost: Callable[[set[str]], None],
-        ended: Callable[["EngineStream"], None],
-    ) -> None:
-        self.engine = engine
-        self.listed = True  # has a place in the fleet
-        self.requests: set[str] = set()  # this ingress's own, running there now
-        self._ingress_id = ingress_id
-        self._secret = secret
-        self._deliver = deliver
-        self._lost = lost
-        self._ended = ended
-        self._channel: Channel | None = None
-        self._settled = asyncio.Event()  # connected, or never to be
-        self._task = asyncio.create_task(self._run(), name=f"stream-{engine.engine_id}")
-
-    @property
-    def connected(self) -> bool:
-        return self._channel is not None
-
-    async def opened(self) -> bool:
-        """Waits for the connection; False if it will not come."""
-        await self._settled.wait()
-        return self.connected
-
-    def cancel(self, request_id: str) -> None:
-        """Tells the engine that nobody waits for a request; a lost engine knows anyway."""
-        if self._channel is not None:
-            try:
-                self._channel.send(Cancel(request_id))
-            except WireError:
-                return
-
-    def stop(self) -> None:
-        self._task.cancel()
-
-    async def close(self) -> None:
-        self.stop()
-        await asyncio.gather(self._task, return_exceptions=True)
-
-    async def _run(self) -> None:
-        try:
-            while self.listed:
-                try:
-                    channel = await connect(
-                        self.engine.host, self.engine.port, self._secret, STREAM_CODEC
-                    )
-                except WireError:
-                    await asyncio.sleep(_RECONNECT_S)
-                    continue
-                await self._serve(channel)
-        finally:
-            self._settled.set()
-            self._ended(self)
-
-    async def _serve(self, channel: Channel) -> None:
-        try:
-            channel.send(StreamHello(self._ingress_id))
-            await channel.receive()  # the engine's echo: it knows this stream now
-            self._channel = channel
-            self._settled.set()
-            while True:
-                self._deliver(await channel.receive())
-        except WireError:
-            log.event("INFO", "stream.lost", engine=self.engine.engine_id)
-        finally:
-            self._settled.clear()
-            self._channel = None
-            channel.abort()
-            self._lost(self.requests)  # the engine ends them too: it has nobody to tell
+_RETRY_S = 0.05  # before another engine is asked for
+_GIVE_UP = 10  # times the silence that is taken for loss: then the connection is given up
 
 
 class FleetClient:
     """Everything an ingress knows of router and engines."""
 
-    def __init__(self, router: Any, secret: bytes, ingress_id: str, metrics_address: str) -> None:
+    def __init__(
+        self, router: Any, secret: bytes, ingress_id: str, metrics_address: str, settings: Settings
+    ) -> None:
         self.ingress_id = ingress_id
         self.metrics_addresses: list[str] = []
         self._secret = secret
+        self._settings = settings
+        self._silence_s = settings.router.silence_s
         self._streams: dict[str, EngineStream] = {}
         self._inboxes: dict[str, Inbox] = {}
         self._pending: dict[str, tuple[LeaseRequest, asyncio.Future[str]]] = {}
-        self._held: set[str] = set()  # requests with a lease, or a place in the router's queue
+        self._held: dict[str, LeaseHeld | None] = {}  # None: a place in the router's queue
+        self._listed = 0  # engines that the router now connected has told of
+        self._longest: int | None = None  # request that the fleet could hold when last seen
+        self._known = asyncio.Event()  # that it is
         hello = IngressHello(ingress_id, metrics_address)
-        self._link = RouterLink(router, secret, lambda: hello, self._from_router, self._router_lost)
+        self._link = RouterLink(
+            router,
+            secret,
+            lambda: hello,
+            self._from_router,
+            self._router_lost,
+            self._router_found,
+            self._silence_s,
+        )
+        self._watching = asyncio.create_task(self._watch(), name="fleet-watch")
+
+    @property
+    def serving(self) -> int:
+        """How many engines would take a request now."""
+        return sum(map(self._serves, self._streams.values()))
 
     @property
     def ready(self) -> bool:
         """Whether a request would find an engine now."""
-        return any(stream.connected for stream in self._streams.values())
+        return any(map(self._serves, self._streams.values()))
 
     @property
     def max_request_tokens(self) -> int | None:
-        """Longest prompt + output that some engine can hold; None while there is none."""
-        limits = [s.engine.max_request_tokens for s in self._streams.values()]
-        return max(limits, default=None)
+        """Longest prompt + output that some engine can hold, or could while there was one;
+        None before the first."""
+        return self._longest
+
+    async def longest_request(self, timeout_s: float) -> int:
+        """`max_request_tokens`, once it is known.
+
+        Raises:
+            ApiError: 503, it is not known in time.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._known.wait()
+        except TimeoutError:
+            message = "No engine is ready to serve the model yet."
+            raise ApiError(503, message, retry_after_s=2) from None
+        assert self._longest is not None
+        return self._longest
 
     def open(self, request_id: str) -> Inbox:
         """An inbox must be open before the request is sent to an engine."""
@@ -224,20 +107,25 @@ class FleetClient:
         Raises:
             ApiError: 400 too long for any engine, 429 queue full, 503 no engine in time.
         """
-        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._pending[request.request_id] = (request, future)
-        self._held.add(request.request_id)
+        full = self._blind and len(self._pending) > self._settings.router.queue_limit
+        if full and not request.continued:
+            raise ApiError(429, "The server's queue is full; try again later.", retry_after_s=1)
+        self._held[request.request_id] = None
         try:
-            try:
-                self._link.send(request)
-            except WireError:
-                self._grant_locally(request, future)
-            engine_id = await future
-            stream = await self._opened(engine_id, request.deadline_s)
-            stream.requests.add(request.request_id)
-            return engine_id
-        finally:
-            self._pending.pop(request.request_id, None)
+            async with asyncio.timeout(request.deadline_s):
+                while True:
+                    engine_id = await self._leased(request)
+                    self._held[request.request_id] = LeaseHeld(request, engine_id)
+                    stream = await self._opened(engine_id)
+                    if stream is not None:
+                        break
+                    request = replace(request, avoid=engine_id)
+                    await asyncio.sleep(_RETRY_S)
+        except TimeoutError:
+            message = "No engine became free in time."
+            raise ApiError(503, message, retry_after_s=1) from None
+        stream.requests.add(request.request_id)
+        return engine_id
 
     def close_request(self, request_id: str, engine_id: str | None, finished: bool) -> None:
         """Ends all that was held for a request; cancels it unless it has finished."""
@@ -249,35 +137,94 @@ class FleetClient:
         self._release(request_id)
 
     async def close(self) -> None:
+        self._watching.cancel()
+        await asyncio.gather(self._watching, return_exceptions=True)
         await self._link.close()
         for stream in list(self._streams.values()):
             await stream.close()
 
-    def _release(self, request_id: str) -> None:
-        if request_id not in self._held:
-            return
-        self._held.discard(request_id)
-        try:
-            self._link.send(LeaseRelease(request_id))
-        except WireError:
-            return  # a new router starts with no leases
+    def tick(self) -> None:
+        """Once a beat: looks which engines are silent, and which clients do not read.
 
-    async def _opened(self, engine_id: str, timeout_s: float) -> EngineStream:
+        Counts its own beats and not the clock: a process that was held up itself has not yet
+        looked at what has come meanwhile.
+        """
+        for stream in list(self._streams.values()):
+            stream.missed += 1
+            if self._silent(stream) and stream.connected:
+                if self.ready and stream.requests:
+                    self._requests_lost(stream.requests, "silent")
+                if stream.missed * BEAT_S > _GIVE_UP * self._silence_s:
+                    stream.abort()
+        self._place_pending()
+        most = self._settings.ingress.max_unread_tokens
+        stalled = [key for key, inbox in self._inboxes.items() if len(inbox.tokens) > most]
+        for request_id in stalled:
+            self._end_stalled(request_id)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_S)
+            self.tick()
+
+    def _silent(self, stream: EngineStream) -> bool:
+        return stream.missed * BEAT_S > self._silence_s
+
+    def _serves(self, stream: EngineStream) -> bool:
+        serving = stream.connected and stream.condition is Condition.SERVING
+        return serving and not self._silent(stream)
+
+    def _end_stalled(self, request_id: str) -> None:
+        """A client that does not read costs itself its request, and nobody else memory."""
+        log.event("WARNING", "client.stalled", request=request_id)
+        self._inboxes[request_id].fail(ApiError(408, "The client does not read its answer."))
+        held = self._held.get(request_id)
+        engine_id = None if held is None else held.engine_id
+        self.close_request(request_id, engine_id, finished=False)
+
+    def _release(self, request_id: str) -> None:
+        if request_id in self._held:
+            del self._held[request_id]
+            self._link.tell(LeaseRelease(request_id))
+
+    async def _leased(self, request: LeaseRequest) -> str:
+        """The router's word, or a choice of our own, which may name an engine that is gone."""
+        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._pending[request.request_id] = request, future
+        try:
+            self._ask(request, future)
+            return await future
+        finally:
+            del self._pending[request.request_id]
+
+    async def _opened(self, engine_id: str) -> EngineStream | None:
+        """The stream of a leased engine; None if it does not come to be."""
         stream = self._streams.get(engine_id)
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(self._silence_s):
                 if stream is not None and await stream.opened():
                     return stream
         except TimeoutError:
             log.event("WARNING", "stream.unreachable", engine=engine_id)
-        raise ApiError(503, "The engine became unreachable.", retry_after_s=1)
+        return None
+
+    def _ask(self, request: LeaseRequest, future: "asyncio.Future[str]") -> None:
+        if not (self._blind and self._place(request, future)):
+            self._link.tell(request)
+
+    @property
+    def _blind(self) -> bool:
+        """There is no router, or one that does not know of any engine yet."""
+        return not (self._link.connected and self._listed)
 
     def _from_router(self, message: object) -> None:
         match message:
             case Fleet():
                 self._update(message)
             case LeaseGrant():
-                self._resolve(message.request_id, message.engine_id)
+                pending = self._pending.get(message.request_id)
+                if pending is not None and not pending[1].done():
+                    pending[1].set_result(message.engine_id)
             case LeaseRefusal():
                 pending = self._pending.get(message.request_id)
                 if pending is not None and not pending[1].done():
@@ -285,30 +232,50 @@ class FleetClient:
                     error = ApiError(message.status, message.message, retry_after_s=retry)
                     pending[1].set_exception(error)
 
-    def _resolve(self, request_id: str, engine_id: str) -> None:
-        pending = self._pending.get(request_id)
-        if pending is not None and not pending[1].done():
-            pending[1].set_result(engine_id)
-
-    def _router_lost(self) -> None:
-        """Whoever waited for the router's word is placed by local choice."""
+    def _router_found(self) -> None:
+        """A router starts with no leases: it is told of those that there are, and asked again
+        for those that its predecessor did not grant."""
+        for held in self._held.values():
+            if held is not None:
+                self._link.tell(held)
         for request, future in list(self._pending.values()):
             if not future.done():
-                self._grant_locally(request, future)
+                self._ask(request, future)
 
-    def _grant_locally(self, request: LeaseRequest, future: "asyncio.Future[str]") -> None:
-        open_streams = [stream for stream in self._streams.values() if stream.connected]
-        if not open_streams:
-            future.set_exception(
-                ApiError(503, "No engine is ready to serve the model yet.", retry_after_s=2)
-            )
-            return
-        best = min(open_streams, key=lambda stream: len(stream.requests))
+    def _router_lost(self) -> None:
+        self._listed = 0
+        self._place_pending()
+
+    def _place_pending(self) -> None:
+        """Whoever waits for the word of a router that cannot give it is placed by own choice."""
+        if self._pending and self._blind:
+            for request, future in list(self._pending.values()):
+                if not future.done():
+                    self._place(request, future)
+
+    def _place(self, request: LeaseRequest, future: "asyncio.Future[str]") -> bool:
+        """Chooses the engine with the fewest requests of ours; False if there is none."""
+        streams = self._candidates()
+        others = [s for s in streams if s.engine.engine_id != request.avoid]
+        best = min(others or streams, key=lambda stream: len(stream.requests), default=None)
+        if best is None:
+            return False
         best.requests.add(request.request_id)
         future.set_result(best.engine.engine_id)
+        self._link.tell(LeaseHeld(request, best.engine.engine_id))
+        return True
+
+    def _candidates(self) -> list[EngineStream]:
+        """As the router chooses: who serves; who drains only if nobody could serve soon."""
+        serving = [stream for stream in self._streams.values() if self._serves(stream)]
+        open_now = [s for s in self._streams.values() if s.connected and not self._silent(s)]
+        if serving or any(s.condition is Condition.REPAIRING for s in open_now):
+            return serving
+        return [stream for stream in open_now if stream.condition is Condition.DRAINING]
 
     def _update(self, fleet: Fleet) -> None:
         self.metrics_addresses = fleet.metrics_addresses
+        self._listed = len(fleet.engines)
         known = {engine.engine_id: engine for engine in fleet.engines}
         for stream in list(self._streams.values()):
             stream.listed = stream.engine.engine_id in known
@@ -321,9 +288,13 @@ class FleetClient:
                     self.ingress_id,
                     self._secret,
                     self._deliver,
+                    self._place_pending,
                     self._stream_lost,
                     self._forget,
                 )
+        if self._streams:
+            self._longest = max(s.engine.max_request_tokens for s in self._streams.values())
+            self._known.set()
 
     def _forget(self, stream: EngineStream) -> None:
         if self._streams.get(stream.engine.engine_id) is stream:
@@ -331,10 +302,14 @@ class FleetClient:
         stream.stop()
 
     def _stream_lost(self, request_ids: set[str]) -> None:
+        self._requests_lost(request_ids, "lost")
+
+    def _requests_lost(self, request_ids: Iterable[str], reason: str) -> None:
+        """They go on elsewhere; whatever else comes for them from here has no inbox any more."""
         for request_id in request_ids:
-            inbox = self._inboxes.get(request_id)
+            inbox = self._inboxes.pop(request_id, None)
             if inbox is not None and inbox.ended is None:
-                inbox.fail(ApiError(500, "The engine was lost while it served this request."))
+                inbox.fail(EngineLost(reason))
 
     def _deliver(self, frame: TokenFrame) -> None:
         for scores in frame.scores:
@@ -349,6 +324,9 @@ class FleetClient:
                 self._release(token.request_id)
         for finish in frame.ended:
             self._release(finish.request_id)
+            if finish.reason is FinishReason.MOVED:
+                self._requests_lost((finish.request_id,), "moved")
+                continue
             inbox = self._inboxes.get(finish.request_id)
             if inbox is not None:
                 inbox.end(finish)

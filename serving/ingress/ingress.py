@@ -39,7 +39,7 @@ class Ingress:
             settings.telemetry.targets_directory,
             {"process": "ingress", "replica": ingress_id},
         )
-        self._fleet = FleetClient(router, secret, ingress_id, self._exporter.address)
+        self._fleet = FleetClient(router, secret, ingress_id, self._exporter.address, settings)
         self._service = GenerationService(settings, self._fleet, engines, metrics)
         self._routes = Routes(settings, self._service, self._fleet, metrics)
         gc.collect()

@@ -25,6 +25,7 @@ from serving.ingress.fleet import FleetClient
 from serving.ingress.generation import Generation
 from serving.ingress.prompts import Prompts
 from serving.ingress.restrictions import Restrictions
+from serving.ingress.resume import Engines
 from serving.ingress.sampling import SamplingRules
 from serving.ingress.streams import Choice, EventStream, merged
 from serving.ingress.text import TextStream
@@ -73,8 +74,7 @@ class GenerationService:
         self.prompts = Prompts(self.tokenizer, self._context, fim)
         self._settings = settings
         self._fleet = fleet
-        self._engines = engines
-        self._metrics = metrics
+        self._engines = Engines(fleet, engines, metrics, settings.ingress)
         self._rules = SamplingRules(directory, self.config, settings.ingress.max_logprobs)
         self._restrictions = Restrictions(directory)
 
@@ -192,8 +192,9 @@ class GenerationService:
             body, seed, job.logprobs, job.prompt_logprobs, job.grammar, bad_words
         )
         stops, min_tokens = body.stop_strings, body.min_tokens or 0
+        longest = await self._fleet.longest_request(self._settings.router.queue_timeout_s)
         for place, prompt in enumerate(job.prompts):
-            limit = self._output_limit(len(prompt), job.max_tokens)
+            limit = _output_limit(longest, len(prompt), job.max_tokens)
             for candidate in range(job.best_of):
                 request = Request(
                     id=f"{job.origin.request_id}-{len(choices)}",
@@ -209,30 +210,13 @@ class GenerationService:
                     request,
                     TextStream(self.tokenizer, stops, min_tokens),
                     None if job.echo is None else job.echo[place],
-                    self._fleet,
                     self._engines,
                     self.tokenizer,
-                    self._metrics,
                     self._settings.router.queue_timeout_s,
                 )
                 refine = None if job.tools is None else job.tools.parser().push
                 choices.append(Choice(generation, refine))
         return choices
-
-    def _output_limit(self, prompt: int, wanted: int | None) -> int:
-        """How many tokens may be generated after a prompt of this length."""
-        limit = self._fleet.max_request_tokens
-        if limit is None:
-            raise ApiError(503, "No engine is ready to serve the model yet.", retry_after_s=2)
-        room = limit - prompt
-        needed = 1 if wanted is None else wanted
-        if room < needed:
-            message = (
-                f"This model's maximum context length is {limit} tokens, but the request needs "
-                f"{prompt + needed} ({prompt} in the prompt, {needed} to generate)."
-            )
-            raise ApiError(400, message, "max_tokens", "context_length_exceeded")
-        return room if wanted is None else wanted
 
     async def _respond(self, job: _Job) -> Response:
         """Leases come first, so that a full server can still answer with a status."""
@@ -241,7 +225,8 @@ class GenerationService:
             for choice in choices:
                 await stack.enter_async_context(choice.generation)
             if job.body.stream:
-                return EventStream(self._events(job, choices), stack.pop_all())
+                keep_alive_s = self._settings.ingress.keep_alive_s
+                return EventStream(self._events(job, choices), stack.pop_all(), keep_alive_s)
             candidates = await asyncio.gather(*(choice.whole() for choice in choices))
         best = _best(candidates, job.best_of, job.choices)
         answer = partial(_whole, job.answer, best, _usage(job, choices))
@@ -268,6 +253,26 @@ class GenerationService:
             for each in answer.failure(server_fault()):
                 yield each
             raise
+
+
+def _output_limit(longest: int, prompt: int, wanted: int | None) -> int:
+    """How many tokens may be generated after a prompt of this length.
+
+    Args:
+        longest: prompt and output that an engine can hold.
+
+    Raises:
+        ApiError: 400, there is no room for what is wanted.
+    """
+    room = longest - prompt
+    needed = 1 if wanted is None else wanted
+    if room < needed:
+        message = (
+            f"This model's maximum context length is {longest} tokens, but the request needs "
+            f"{prompt + needed} ({prompt} in the prompt, {needed} to generate)."
+        )
+        raise ApiError(400, message, "max_tokens", "context_length_exceeded")
+    return room if wanted is None else wanted
 
 
 def _whole(answer: Answer, choices: Sequence[Delta], usage: Usage) -> Response:

@@ -9,19 +9,31 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from serving.api.delta import Delta
+from serving.api.sse import WAITING
 from serving.ingress.generation import Generation
+
+_MOST_UNREAD = 64  # deltas of all choices; what a client is slower to read waits further back
 
 Refine = Callable[[Delta], Delta]
 
 
 class EventStream(StreamingResponse):
-    """A stream of events that owns what it streams from, even if it is never read."""
+    """A stream of events that owns what it streams from, even if it is never read.
 
-    def __init__(self, events: AsyncGenerator[bytes], owned: AsyncExitStack) -> None:
+    Args:
+        keep_alive_s: after so long without an event a comment says that the stream is alive.
+    """
+
+    def __init__(
+        self, events: AsyncGenerator[bytes], owned: AsyncExitStack, keep_alive_s: float
+    ) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self.owned = owned
         self.owned.push_async_callback(events.aclose)
+        self._events = events
+        self._keep_alive_s = keep_alive_s
+        self._said = False  # something, since the last look
         self._complete = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -32,8 +44,27 @@ class EventStream(StreamingResponse):
                     raise ClientDisconnect
 
     async def stream_response(self, send: Send) -> None:
-        await super().stream_response(send)
+        await send(
+            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        )
+        keeping = asyncio.create_task(self._keep_alive(send))
+        try:
+            async for chunk in self._events:
+                self._said = True
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        finally:
+            keeping.cancel()
+            await asyncio.gather(keeping, return_exceptions=True)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
         self._complete = True
+
+    async def _keep_alive(self, send: Send) -> None:
+        """Whole events are sent, one at a time, so that a comment always falls between two."""
+        while True:
+            await asyncio.sleep(self._keep_alive_s)
+            if not self._said:
+                await send({"type": "http.response.body", "body": WAITING, "more_body": True})
+            self._said = False
 
 
 class Choice:
@@ -66,15 +97,15 @@ async def merged(choices: Sequence[Choice]) -> AsyncIterator[tuple[int, Delta]]:
         async for delta in choices[0].deltas():
             yield 0, delta
         return
-    arrived: asyncio.Queue[tuple[int, Delta] | Exception | None] = asyncio.Queue()
+    arrived: asyncio.Queue[tuple[int, Delta] | Exception | None] = asyncio.Queue(_MOST_UNREAD)
 
     async def pump(index: int, choice: Choice) -> None:
         try:
             async for delta in choice.deltas():
-                arrived.put_nowait((index, delta))
-            arrived.put_nowait(None)
+                await arrived.put((index, delta))
+            await arrived.put(None)
         except Exception as error:
-            arrived.put_nowait(error)
+            await arrived.put(error)
 
     pumps = [asyncio.create_task(pump(i, choice)) for i, choice in enumerate(choices)]
     try:

@@ -1,4 +1,7 @@
-"""Requests that wait for an engine: by priority, then in turn among tenants, bounded."""
+"""Requests that wait for an engine: by priority, then in turn among tenants, bounded.
+
+Before them all go those that an engine began and another must finish: somebody reads them.
+"""
 
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -15,14 +18,19 @@ class Waiting:
     since: float
     deadline: float
 
+    @property
+    def line(self) -> tuple[bool, int]:
+        """Which line it stands in; the lowest is served first."""
+        return not self.request.continued, self.request.priority
+
 
 class FairQueue:
     """First the lowest priority number; among equals, one request of each tenant in turn."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        # priority → tenant, whose turn it is first → request id, oldest first
-        self._lines: dict[int, OrderedDict[str, OrderedDict[str, Waiting]]] = {}
+        # line → tenant, whose turn it is first → request id, oldest first
+        self._lines: dict[tuple[bool, int], OrderedDict[str, OrderedDict[str, Waiting]]] = {}
         self._by_id: dict[str, Waiting] = {}
 
     def __len__(self) -> int:
@@ -37,7 +45,7 @@ class FairQueue:
         """Takes the last place of its tenant; gives up the one that the same request had."""
         request = waiting.request
         self.drop(request.request_id)
-        tenants = self._lines.setdefault(request.priority, OrderedDict())
+        tenants = self._lines.setdefault(waiting.line, OrderedDict())
         tenants.setdefault(request.tenant, OrderedDict())[request.request_id] = waiting
         self._by_id[request.request_id] = waiting
 
@@ -51,7 +59,7 @@ class FairQueue:
     def take(self, waiting: Waiting) -> None:
         """Removes the head and gives the next turn to another tenant."""
         self.drop(waiting.request.request_id)
-        tenants = self._lines.get(waiting.request.priority, OrderedDict())
+        tenants = self._lines.get(waiting.line, OrderedDict())
         if waiting.request.tenant in tenants:
             tenants.move_to_end(waiting.request.tenant)
 
@@ -60,13 +68,13 @@ class FairQueue:
         waiting = self._by_id.pop(request_id, None)
         if waiting is None:
             return None
-        priority, tenant = waiting.request.priority, waiting.request.tenant
-        tenants = self._lines[priority]
+        line, tenant = waiting.line, waiting.request.tenant
+        tenants = self._lines[line]
         del tenants[tenant][request_id]
         if not tenants[tenant]:
             del tenants[tenant]
         if not tenants:
-            del self._lines[priority]
+            del self._lines[line]
         return waiting
 
     def expired(self, now: float) -> list[Waiting]:

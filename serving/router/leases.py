@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from serving.engine.pages import PAGE_TOKENS
 from serving.engine.request import EngineStats
-from serving.fleet import EngineHello, LeaseRequest
+from serving.fleet import Condition, EngineHello, LeaseRequest
 from serving.router.prefix_index import PrefixIndex
 
 
@@ -32,12 +32,22 @@ class EngineView:
 
     hello: EngineHello
     stats: EngineStats | None = None
+    condition: Condition = Condition.SERVING
+    missed: int = 0  # beats of the router since it was last heard
+    silent: bool = False  # for so long that it may be gone
     reserved_tokens: int = 0
+
+    @property
+    def serving(self) -> bool:
+        return self.condition is Condition.SERVING and not self.silent
 
 
 @dataclass(slots=True)
 class LeaseBook:
     """All engines, all leases, and the rule that matches them.
+
+    Engines that serve come first; with none, one that drains is better than none at all, and one
+    that is under repair is waited for.
 
     An engine's cost for a request is the tokens of work in front of it: what is reserved there
     already, plus the part of the prompt that it has not cached. The cheapest engine with room
@@ -51,9 +61,8 @@ class LeaseBook:
 
     def join(self, hello: EngineHello) -> EngineView:
         """An engine is here; if it was before, it has connected anew and keeps its leases."""
-        known = self.engines.get(hello.engine_id)
-        view = EngineView(hello, reserved_tokens=known.reserved_tokens if known else 0)
-        self.engines[hello.engine_id] = view
+        held = (x.tokens for x in self.leases.values() if x.engine_id == hello.engine_id)
+        view = self.engines[hello.engine_id] = EngineView(hello, reserved_tokens=sum(held))
         return view
 
     def leave(self, view: EngineView) -> None:
@@ -77,14 +86,19 @@ class LeaseBook:
         if total > longest:
             raise NeverFits(f"prompt and output of {total} tokens exceed the limit of {longest}")
         self.release(request.request_id)  # asked for twice, held once
-        need = request.prompt_tokens + min(request.max_tokens, self.expected_output_tokens)
-        engine = self._cheapest(request, need, total)
-        if engine is None:
-            return None
-        lease = Lease(engine.hello.engine_id, ingress_id, need)
-        engine.reserved_tokens += need
+        engines = self._candidates(total)
+        others = [engine for engine in engines if engine.hello.engine_id != request.avoid]
+        engine = self._cheapest(request, others) or self._cheapest(request, engines)
+        return None if engine is None else self.hold(request, ingress_id, engine.hello.engine_id)
+
+    def hold(self, request: LeaseRequest, ingress_id: str, engine_id: str) -> Lease:
+        """Reserves what the request needs on an engine, which may be yet to come."""
+        self.release(request.request_id)
+        lease = Lease(engine_id, ingress_id, self._need(request))
+        if engine_id in self.engines:
+            self.engines[engine_id].reserved_tokens += lease.tokens
         self.leases[request.request_id] = lease
-        self.index.record(request.page_hashes, lease.engine_id)
+        self.index.record(request.page_hashes, engine_id)
         return lease
 
     def release(self, request_id: str) -> None:
@@ -97,16 +111,25 @@ class LeaseBook:
         for request_id in [k for k, v in self.leases.items() if v.ingress_id == ingress_id]:
             self.release(request_id)
 
-    def _cheapest(self, request: LeaseRequest, need: int, total: int) -> EngineView | None:
-        hits = self.index.hits(request.page_hashes)
+    def _need(self, request: LeaseRequest) -> int:
+        return request.prompt_tokens + min(request.max_tokens, self.expected_output_tokens)
+
+    def _candidates(self, total: int) -> list[EngineView]:
+        """Engines that can hold so many tokens and serve; with none, see the class."""
+        fitting = [e for e in self.engines.values() if total <= e.hello.max_request_tokens]
+        serving = [engine for engine in fitting if engine.serving]
+        if serving or any(engine.condition is Condition.REPAIRING for engine in fitting):
+            return serving
+        return [e for e in fitting if e.condition is Condition.DRAINING and not e.silent]
+
+    def _cheapest(self, request: LeaseRequest, engines: list[EngineView]) -> EngineView | None:
+        hits, need = self.index.hits(request.page_hashes), self._need(request)
         best: tuple[int, EngineView] | None = None
-        for engine_id, engine in self.engines.items():
+        for engine in engines:
             reserved, capacity = engine.reserved_tokens, engine.hello.total_tokens
-            if total > engine.hello.max_request_tokens:
-                continue
             if reserved and reserved + need > capacity:
                 continue
-            cost = reserved - hits.get(engine_id, 0) * PAGE_TOKENS
+            cost = reserved - hits.get(engine.hello.engine_id, 0) * PAGE_TOKENS
             if best is None or cost < best[0]:
                 best = (cost, engine)
         return best[1] if best else None

@@ -5,12 +5,14 @@ it dies, engines and ingresses connect to its successor and tell it what they ar
 """
 
 import asyncio
+import contextlib
 import time
 from dataclasses import dataclass
 from typing import Any
 
 from serving.config import Settings
 from serving.fleet import (
+    BEAT_S,
     ROUTER_CODEC,
     EngineHello,
     EngineLoading,
@@ -18,13 +20,15 @@ from serving.fleet import (
     Fleet,
     IngressHello,
     LeaseGrant,
+    LeaseHeld,
     LeaseRefusal,
     LeaseRelease,
     LeaseRequest,
+    RouterBeat,
 )
 from serving.node import node_address
 from serving.router.fair_queue import FairQueue, Waiting
-from serving.router.leases import LeaseBook, NeverFits
+from serving.router.leases import EngineView, LeaseBook, NeverFits
 from serving.router.prefix_index import PrefixIndex
 from serving.telemetry.exporter import MetricsExporter
 from serving.telemetry.logs import get_logger, setup_logging
@@ -60,11 +64,13 @@ class Router:
             PrefixIndex(self._settings.prefix_entries), self._settings.expected_output_tokens
         )
         self._queue = FairQueue(self._settings.queue_limit)
+        self._channels: set[Channel] = set()  # of all engines and ingresses
         self._ingresses: dict[str, _Ingress] = {}
         self._loading: dict[str, EngineLoading] = {}
         self._expiry: asyncio.TimerHandle | None = None
         self._server = ChannelServer(secret, ROUTER_CODEC, self._serve)
         self._port = await self._server.start(self._host)
+        self._beating = asyncio.create_task(self._beat(), name="router-beat")
 
     def address(self) -> tuple[str, int]:
         """Where engines and ingresses connect."""
@@ -85,17 +91,38 @@ class Router:
         """Alive if it answers."""
 
     async def __del__(self) -> None:
+        self._beating.cancel()
+        await asyncio.gather(self._beating, return_exceptions=True)
         await self._server.close()
         self._exporter.close()
 
     async def _serve(self, channel: Channel) -> None:
-        match await channel.receive():
-            case EngineHello() as hello:
-                await self._serve_engine(hello, channel)
-            case EngineLoading() as loading:
-                await self._serve_loading(loading, channel)
-            case IngressHello() as hello:
-                await self._serve_ingress(hello, channel)
+        self._channels.add(channel)
+        try:
+            match await channel.receive():
+                case EngineHello() as hello:
+                    await self._serve_engine(hello, channel)
+                case EngineLoading() as loading:
+                    await self._serve_loading(loading, channel)
+                case IngressHello() as hello:
+                    await self._serve_ingress(hello, channel)
+        finally:
+            self._channels.discard(channel)
+
+    async def _beat(self) -> None:
+        """Says that the router is there, and looks who else is: in beats and not by the clock,
+        for what came while this process was held up has not been read yet."""
+        frame = ROUTER_CODEC.frame(RouterBeat())
+        while True:
+            await asyncio.sleep(BEAT_S)
+            for channel in self._channels:
+                with contextlib.suppress(WireError):  # its reader sees the end as well
+                    channel.send_frame(frame)
+            for view in self._book.engines.values():
+                view.missed += 1
+                if not view.silent and view.missed > self._settings.silence_s / BEAT_S:
+                    view.silent = True
+                    log.event("WARNING", "engine.silent", engine=view.hello.engine_id)
 
     async def _serve_loading(self, loading: EngineLoading, channel: Channel) -> None:
         """An engine reads its weights; on the same connection it says hello when it is done."""
@@ -119,11 +146,24 @@ class Router:
             while True:
                 report = await channel.receive()
                 if isinstance(report, EngineReport):
-                    view.stats = report.stats
+                    self._take_report(view, report)
         finally:
             self._book.leave(view)
             self._fleet_changed()
             log.event("INFO", "engine.left", engine=hello.engine_id)
+
+    def _take_report(self, view: EngineView, report: EngineReport) -> None:
+        before = view.condition, view.silent
+        view.stats, view.condition = report.stats, report.condition
+        view.missed, view.silent = 0, False
+        if (view.condition, view.silent) != before:
+            log.event(
+                "INFO",
+                "engine.condition",
+                engine=view.hello.engine_id,
+                condition=str(view.condition),
+            )
+            self._grant()
 
     async def _serve_ingress(self, hello: IngressHello, channel: Channel) -> None:
         entry = self._ingresses[hello.ingress_id] = _Ingress(hello, channel)
@@ -133,6 +173,9 @@ class Router:
                 match await channel.receive():
                     case LeaseRequest() as request:
                         self._enqueue(request, hello.ingress_id)
+                    case LeaseHeld() as held:
+                        self._queue.drop(held.request.request_id)
+                        self._book.hold(held.request, hello.ingress_id, held.engine_id)
                     case LeaseRelease() as release:
                         self._queue.drop(release.request_id)
                         self._book.release(release.request_id)
@@ -151,7 +194,7 @@ class Router:
         waiting = Waiting(request, ingress_id, now, now + wait)
         self._queue.push(waiting)
         self._grant()
-        if self._queue.overfull:
+        if self._queue.overfull and not request.continued:
             self._queue.drop(request.request_id)
             self._refuse(waiting, 429, "the server's queue is full; try again later", "full")
 
@@ -218,6 +261,6 @@ class Router:
         self._metrics.state(
             queued=len(self._queue),
             reserved_tokens=reserved,
-            ready=len(self._book.engines),
+            ready=sum(view.serving for view in self._book.engines.values()),
             loading=len(self._loading),
         )

@@ -37,6 +37,7 @@ Phase = Literal["queued", "prefill", "decode"]
 _ENDPOINTS: tuple[Endpoint, ...] = get_args(Endpoint)
 _PHASES: tuple[Phase, ...] = ("queued", "prefill", "decode")
 _REFUSALS = ("full", "deadline", "too_long")
+_LOSSES = ("lost", "silent", "failed", "moved")
 
 
 class Sampled(Protocol):
@@ -128,6 +129,18 @@ class IngressMetrics:
             registry=registry,
         )
         self._disconnects = {phase: disconnects.labels(phase) for phase in _PHASES}
+        resumed = Counter(
+            "expertline_resumed_total",
+            "Generations that went on with another engine, by what became of the one before.",
+            ["reason"],
+            registry=registry,
+        )
+        self._resumed = {reason: resumed.labels(reason) for reason in _LOSSES}
+        self._given_up = Counter(
+            "expertline_given_up_total",
+            "Generations that failed because no engine could go on with them.",
+            registry=registry,
+        )
 
     def leased(self, queue_s: float) -> None:
         """A generation has its lease after waiting `queue_s`, and a stream opens."""
@@ -159,6 +172,15 @@ class IngressMetrics:
 
     def disconnected(self, phase: Phase) -> None:
         self._disconnects[phase].inc()
+
+    def resumed(self, reason: str) -> None:
+        """A generation goes on with another engine: its own was "lost" (the stream ended),
+        "silent", or "failed" the call; or it "moved" it."""
+        self._resumed[reason].inc()
+
+    def given_up(self) -> None:
+        """A generation has failed for want of an engine that could go on with it."""
+        self._given_up.inc()
 
 
 class RouterMetrics:

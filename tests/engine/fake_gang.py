@@ -60,8 +60,9 @@ def score_of(row: int, token: int) -> float:
 
 def undisturbed_scores(request: Request) -> list[float]:
     """Scores of all prompt tokens but the first."""
-    rows = rows_of(request.prompt, request.sampling)
-    return [score_of(row, token) for row, token in zip(rows, request.prompt[1:], strict=False)]
+    prompt = request.prompt[: request.prompt_tokens]
+    rows = rows_of(prompt, request.sampling)
+    return [score_of(row, token) for row, token in zip(rows, prompt[1:], strict=False)]
 
 
 def sampled(row: int) -> int:
@@ -80,7 +81,7 @@ def undisturbed(request: Request) -> Generation:
     row = rows_of(request.prompt, request.sampling)[-1]
     tokens: list[int] = []
     while len(tokens) < request.max_tokens:
-        if request.sampling.top_k == POISON and len(tokens) == 2:
+        if request.sampling.top_k == POISON and request.generated + len(tokens) == 2:
             return Generation(tokens, FinishReason.ERROR)
         token = sampled(row)
         tokens.append(token)

@@ -117,7 +117,8 @@ class Simulation:
                 self.scores[output.request_id] += output.logprobs
                 continue
             reason = output.reason if isinstance(output, Finish) else output.finish
-            assert (reason is None) == (output.stats is None)
+            first = isinstance(output, TokenOutput) and len(self.tokens[output.request_id]) == 1
+            assert (first or reason is not None) == (output.stats is not None)
             if reason is not None and output.stats is not None:
                 self.live.remove(output.request_id)
                 self.reasons[output.request_id] = reason
@@ -153,17 +154,19 @@ class Simulation:
             assert (self.tokens[id], self.reasons[id]) == expected
             assert self.scores[id] == (undisturbed_scores(request) if request.scored else [])
             stats = self.final_stats[id]
-            assert stats.prompt_tokens == len(request.prompt)
+            assert stats.prompt_tokens == request.prompt_tokens
             assert stats.generated_tokens == len(expected.tokens)
-            assert 0 <= stats.cached_tokens < len(request.prompt)
-            assert stats.cached_tokens % pages.PAGE_TOKENS == 0
+            assert 0 <= stats.cached_tokens <= request.prompt_tokens
+            assert stats.cached_tokens < len(request.prompt)
+            assert stats.cached_tokens % pages.PAGE_TOKENS == 0 or request.generated
         assert self.scheduler.idle
         totals = self.scheduler.stats()
         assert (totals.running, totals.waiting) == (0, 0)
         for column in totals.columns:
             assert column.held == 0
             assert column.remembered + column.free == self.scheduler.limits.pages_per_column - 1
-        if not self.cancellations:
+        continued = any(request.generated for request in self.requests.values())
+        if not (self.cancellations or continued):
             ended = self.final_stats.values()
             assert totals.preemptions == sum(s.preemptions for s in ended)
             assert totals.prefix_hit_tokens == sum(s.cached_tokens for s in ended)

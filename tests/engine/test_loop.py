@@ -211,7 +211,7 @@ async def test_a_lost_gang_fails_every_request_and_ends_the_loop() -> None:
         assert set(it.last) == {"running", "in prefill", "waiting"}
         for finish in it.last.values():
             assert isinstance(finish, Finish)
-            assert (finish.reason, finish.message) == (FinishReason.ERROR, "rank 1.0 is gone")
+            assert (finish.reason, finish.message) == (FinishReason.MOVED, "rank 1.0 is gone")
         with pytest.raises(GangFailure, match="the gang is lost"):
             it.loop.submit(request("too late", [1], 1))
         it.loop.cancel("running")  # clients may still leave

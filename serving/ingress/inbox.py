@@ -1,0 +1,87 @@
+"""Between an engine's token stream and the one reader of a request's tokens."""
+
+import asyncio
+from dataclasses import dataclass, field
+
+from serving.api.errors import ApiError
+from serving.engine.request import Finish, PromptScores, TokenOutput
+
+
+class EngineLost(Exception):
+    """An engine will not finish a request, through no fault of it; another one may.
+
+    Args:
+        reason: one word, for metrics and logs: "lost", "silent", "failed" or "moved".
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(slots=True)
+class Inbox:
+    """What has arrived for one request and not been read yet."""
+
+    tokens: list[TokenOutput] = field(default_factory=list)
+    scores: list[PromptScores] = field(default_factory=list)
+    ended: Finish | None = None
+    failure: ApiError | EngineLost | None = None
+    _reader: "asyncio.Future[None] | None" = None  # what the one reader waits for
+
+    def push(self, token: TokenOutput) -> None:
+        self.tokens.append(token)
+        self._wake()
+
+    def push_scores(self, scores: PromptScores) -> None:
+        self.scores.append(scores)
+        self._wake()
+
+    def end(self, finish: Finish) -> None:
+        self.ended = finish
+        self._wake()
+
+    def fail(self, failure: ApiError | EngineLost) -> None:
+        """The request cannot go on; tokens that came before are still delivered."""
+        self.failure = self.failure or failure
+        self._wake()
+
+    async def read_scores(self, count: int) -> list[PromptScores]:
+        """The prompt's scores, once all `count` tokens of it have one.
+
+        Raises:
+            ApiError: the request failed first.
+            EngineLost: this engine will not finish it.
+        """
+        while sum(len(scores.logprobs) for scores in self.scores) < count:
+            if self.failure is not None:
+                raise self.failure
+            if self.ended is not None:
+                raise ApiError(500, self.ended.message or "The generation ended early.")
+            await self._wait()
+        return self.scores
+
+    async def read(self) -> list[TokenOutput]:
+        """Every new token; empty when the request has ended without another one.
+
+        Raises:
+            ApiError: the request failed.
+            EngineLost: this engine will not finish it.
+        """
+        while not self.tokens:
+            if self.failure is not None:
+                raise self.failure
+            if self.ended is not None:
+                return []
+            await self._wait()
+        tokens, self.tokens = self.tokens, []
+        return tokens
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    async def _wait(self) -> None:
+        """Until something comes. A bare future: an event costs three times as much a token."""
+        self._reader = asyncio.get_running_loop().create_future()
+        await self._reader
