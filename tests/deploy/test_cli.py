@@ -14,9 +14,11 @@ import pytest
 NANO = Path(__file__).parents[2] / "model" / "nano" / "checkpoint"
 
 
-def expertline(*arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+def expertline(
+    *arguments: str, timeout_s: float = 120, **more: str
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from deploy.cli import main; main()", *arguments]
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | more
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout_s, check=False, env=environment
     )
@@ -167,3 +169,17 @@ def test_loss_tells_what_eight_bits_cost() -> None:
     assert report["int8"]["tokens"] == report["bfloat16"]["tokens"] > 1000
     assert 2 < report["bfloat16"]["perplexity"] < 40
     assert report["perplexity_ratio"] == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("command", [("up",), ("drain", "--engine", "x")], ids=["up", "drain"])
+def test_an_address_where_no_cluster_answers_is_refused(command: tuple[str, ...]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and says nothing
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        assert_refused(expertline(*command, RAY_ADDRESS=address), "RAY_ADDRESS", address)
+    assert_refused(expertline(*command, RAY_ADDRESS=address), "RAY_ADDRESS", "refused")
+    assert_refused(expertline(*command, RAY_ADDRESS="nonsense"), "RAY_ADDRESS", "nonsense")
+
+
+def test_a_drain_needs_to_know_what_leaves() -> None:
+    assert_refused(expertline("drain"), "--engine", "--node")
+    assert_refused(expertline("drain", "--engine", "a", "--node", "b"), "--engine", "--node")
