@@ -19,7 +19,7 @@ from deploy.trace import Timeline
 from model.config import ModelConfig
 from model.sampling_params import SamplingParams
 from serving.config import Settings
-from serving.engine.loop import StepTimes
+from serving.engine.loop import GangFailure, Repair, StepTimes
 from serving.engine.plan import StepPlan, StepResult
 from serving.engine.request import Request
 from serving.gang.gang import GangStartError
@@ -70,6 +70,9 @@ class _Recorder:
             stage.compute_s += rank.compute_s / self.ranks
             stage.wait_s += rank.wait_s / self.ranks
             stage.exchange_s += rank.exchange_s / self.ranks
+
+    def gang_repaired(self, repair: Repair, seconds: float, sequences: int) -> None:
+        raise GangFailure("the gang broke and was repaired: the figures would mean nothing")
 
     def bubbles(self, seconds: float) -> dict[str, dict[str, float]]:
         """The share of `seconds` in which each stage computed nothing; and in theory.

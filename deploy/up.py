@@ -7,7 +7,7 @@ second one stops at once.
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -26,8 +26,14 @@ _POLL_S = 0.2
 _CALL_S = 2.0
 
 
-def up(settings: Settings, console: Console) -> None:
+Build = Callable[[Settings], Any]  # a Serve application
+
+
+def up(settings: Settings, console: Console, build: Build | None = None) -> None:
     """Serves until SIGINT or SIGTERM; prints one `ready` line when a request would succeed.
+
+    Args:
+        build: what to serve; None: the application of `serving.app`.
 
     Raises:
         UsageError: something that can be known beforehand is wrong; nothing was started.
@@ -42,7 +48,7 @@ def up(settings: Settings, console: Console) -> None:
             settings = settings.model_copy(update={"internal_host": LOOPBACK})
 
         try:
-            status = _start(settings, signals.first, console)
+            status = _start(settings, signals.first, console, build)
             if status is not None:
                 console.print(ready_line(settings, status), highlight=False, soft_wrap=True)
                 _wait(signals.first)
@@ -65,18 +71,20 @@ def ready_line(settings: Settings, status: dict[str, Any]) -> str:
     )
 
 
-def _start(settings: Settings, stopped: threading.Event, console: Console) -> dict[str, Any] | None:
+def _start(
+    settings: Settings, stopped: threading.Event, console: Console, build: Build | None
+) -> dict[str, Any] | None:
     """Deploys and waits until `/readyz` says yes; the router's status, or None if stopped."""
     import torch  # noqa: F401  (before Serve: its import takes the longest)
     from ray import serve
     from ray.serve.config import HTTPOptions
 
-    from serving.app import APP_NAME, PROXY_LOCATION, build
+    from serving import app
 
     http = HTTPOptions(host=settings.ingress.host, port=settings.ingress.port)
-    serve.start(proxy_location=PROXY_LOCATION, http_options=http)
+    serve.start(proxy_location=app.PROXY_LOCATION, http_options=http)
     serve.run_many(
-        [serve.RunTarget(build(settings), name=APP_NAME, route_prefix="/")],
+        [serve.RunTarget((build or app.build)(settings), name=app.APP_NAME, route_prefix="/")],
         wait_for_ingress_deployment_creation=False,
         wait_for_applications_running=False,
     )
@@ -84,8 +92,8 @@ def _start(settings: Settings, stopped: threading.Event, console: Console) -> di
     with Progress(*columns, console=console, transient=True) as progress:
         loading = progress.add_task("starting", total=None)
         while not stopped.wait(_POLL_S):
-            _raise_if_failed(serve.status().applications.get(APP_NAME))
-            status = _router_status(APP_NAME)
+            _raise_if_failed(serve.status().applications.get(app.APP_NAME))
+            status = _router_status(app.APP_NAME)
             if status is not None:
                 _show(progress, loading, status)
                 wanted = settings.engine.replicas

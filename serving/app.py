@@ -26,7 +26,9 @@ _LEAVING_S = 10.0  # for an engine that has handed over what it could not finish
 _QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
-def build(args: Settings | dict[str, Any]) -> serve.Application:
+def build(
+    args: Settings | dict[str, Any], engine_class: type[Engine] = Engine
+) -> serve.Application:
     """The application for these settings (a `Settings`, or the same tree as plain data)."""
     settings = args if isinstance(args, Settings) else Settings.model_validate(args)
     if settings.secret is not None:
@@ -35,7 +37,7 @@ def build(args: Settings | dict[str, Any]) -> serve.Application:
         secret = secrets.token_bytes(32)
     gpus = wants_gpus(settings)
     router = _router_deployment().bind(settings, secret)
-    engine = _engine_deployment(settings, gpus).bind(settings, secret, router, gpus)
+    engine = _engine_deployment(settings, gpus, engine_class).bind(settings, secret, router, gpus)
     return _ingress_deployment(settings).bind(settings, secret, router, engine)
 
 
@@ -60,7 +62,9 @@ def _router_deployment() -> serve.Deployment:
     )(Router)
 
 
-def _engine_deployment(settings: Settings, gpus: bool) -> serve.Deployment:
+def _engine_deployment(
+    settings: Settings, gpus: bool, engine_class: type[Engine]
+) -> serve.Deployment:
     return serve.deployment(
         name="Engine",
         num_replicas=settings.engine.replicas,
@@ -78,7 +82,7 @@ def _engine_deployment(settings: Settings, gpus: bool) -> serve.Deployment:
         graceful_shutdown_wait_loop_s=0.1,
         max_surge_percent=settings.engine.update_surge_percent,
         logging_config=_QUIET,
-    )(Engine)
+    )(engine_class)
 
 
 def _ingress_deployment(settings: Settings) -> serve.Deployment:

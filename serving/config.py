@@ -76,7 +76,24 @@ class GangSettings(_Settings):
         32768, ge=128, description="latent cache of each column of ranks, in tokens"
     )
     start_timeout_s: float = Field(3600.0, gt=0, description="from launch to weights loaded")
-    step_timeout_s: float = Field(120.0, gt=0, description="longest step before the gang is lost")
+    step_timeout_s: float = Field(
+        60.0, gt=0, description="longest step before the gang counts as broken and is repaired"
+    )
+    gather_timeout_s: float = Field(
+        10.0,
+        gt=0,
+        description="in a repair: how long a rank that lives may take to answer before it is "
+        "replaced as well",
+    )
+    respawn_timeout_s: float = Field(
+        120.0,
+        gt=0,
+        description="in a repair: from the launch of a new rank until it connects, the wait for "
+        "a node included; past it the whole replica starts anew",
+    )
+    repair_timeout_s: float = Field(
+        600.0, gt=0, description="longest repair, the new rank's loading included; as above"
+    )
 
 
 class EngineSettings(_Settings):
@@ -99,6 +116,9 @@ class EngineSettings(_Settings):
         le=100,
         description="replicas that an update may start before it stops old ones, in percent; "
         "each needs GPUs beside theirs",
+    )
+    repairs_per_hour: int = Field(
+        6, ge=0, description="repairs of its gang; one more, and the whole replica starts anew"
     )
 
 

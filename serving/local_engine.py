@@ -13,7 +13,7 @@ from serving.engine.request import Finish, FinishReason, Output, PromptScores, R
 from serving.engine.scheduler import Scheduler
 from serving.gang.gang import Gang, Progress
 from serving.gang.processes import ProcessLauncher
-from serving.specs import engine_limits, rank_specs
+from serving.specs import engine_limits, gang_bounds, rank_specs
 
 _LOOPBACK = "127.0.0.1"
 
@@ -111,7 +111,13 @@ async def local_engine(
     """
     gang_settings = settings.gang
     secret = secrets.token_bytes(32)
-    gang = Gang(ProcessLauncher(), secret, gang_settings.stages, gang_settings.expert_parallel)
+    gang = Gang(
+        ProcessLauncher(),
+        secret,
+        gang_settings.stages,
+        gang_settings.expert_parallel,
+        gang_bounds(settings),
+    )
     specs = rank_specs(settings, _LOOPBACK, await gang.listen(_LOOPBACK), device)
     for spec in specs:
         spec.host = _LOOPBACK

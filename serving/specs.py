@@ -5,6 +5,7 @@ from serving.config import Settings
 from serving.engine.pages import PAGE_TOKENS
 from serving.engine.scheduler import EngineLimits
 from serving.gang.messages import RankSpec
+from serving.gang.repair import GangBounds
 
 
 def pages_per_column(settings: Settings) -> int:
@@ -27,6 +28,18 @@ def engine_limits(settings: Settings) -> EngineLimits:
         max_model_len=longest,
         prefix_cache=settings.engine.prefix_cache,
         vocab_size=config.vocab_size,
+    )
+
+
+def gang_bounds(settings: Settings) -> GangBounds:
+    """How long the engine waits for its gang, and how often it repairs it."""
+    gang = settings.gang
+    return GangBounds(
+        step_timeout_s=gang.step_timeout_s,
+        gather_timeout_s=gang.gather_timeout_s,
+        respawn_timeout_s=gang.respawn_timeout_s,
+        repair_timeout_s=gang.repair_timeout_s,
+        repairs_per_hour=settings.engine.repairs_per_hour,
     )
 
 

@@ -2,9 +2,7 @@
 
 import asyncio
 import json
-import os
 import random
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,8 @@ from model.config import ModelConfig
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from serving.config import Settings
-from serving.engine.loop import GangFailure
 from serving.engine.request import Request, RequestError
 from serving.gang.gang import GangStartError
-from serving.gang.processes import ProcessLauncher
 from serving.local_engine import Completion, GenerationFailed, LocalEngine, local_engine
 from tests.model.oracle import NANO, oracle
 from tests.waiting import until
@@ -222,30 +218,6 @@ async def test_a_request_that_can_never_fit_is_refused(tmp_path: Path) -> None:
         with pytest.raises(RequestError, match="outside the vocabulary"):
             await engine.generate([Request("outside", [4091, 4096], 2, GREEDY)])
         assert (await generate(engine, [Request("good", [4091, 5], 3, GREEDY)]))[0]
-
-
-async def test_a_killed_rank_fails_what_runs_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    launchers: list[ProcessLauncher] = []
-
-    class Noted(ProcessLauncher):
-        def __init__(self) -> None:
-            super().__init__()
-            launchers.append(self)
-
-    monkeypatch.setattr("serving.local_engine.ProcessLauncher", Noted)
-    async with local_engine(settings(tmp_path, 2, 2)) as engine:
-        running: asyncio.Task[list[Completion]] = asyncio.create_task(
-            engine.generate([Request("r", prompts(1)[0], 3000, GREEDY)])
-        )
-        await until(lambda: engine.scheduler.stats().running == 1)
-        os.kill(launchers[0].pids[3], signal.SIGKILL)
-        with pytest.raises(GenerationFailed, match="gone"):
-            await asyncio.wait_for(running, 15)
-        with pytest.raises(GangFailure):
-            await engine.running
-    assert not [pid for pid in launchers[0].pids if os.path.exists(f"/proc/{pid}")]
 
 
 async def test_a_checkpoint_that_cannot_be_read_ends_the_start(tmp_path: Path) -> None:

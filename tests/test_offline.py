@@ -122,7 +122,7 @@ def test_what_cannot_be_used_is_a_value_error(llm: LLM, fields: dict, words: str
 
 def test_nothing_is_left_running() -> None:
     with LLM("nano", expert_parallel=2, settings={"gang": {"cache_tokens": 4096}}) as it:
-        pids = it._engine.gang._launcher.pids  # type: ignore[attr-defined]
+        pids = it._engine.gang._launcher.pids.values()  # type: ignore[attr-defined]
         assert all(os.path.exists(f"/proc/{pid}") for pid in pids)
     assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
     it.close()

@@ -10,17 +10,15 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 GCS_PORT = 6379
-REDIS_PORT = 6380
 # A raylet waits only so long to be told ports that its agents chose; these are each node's own.
 _AGENT_PORTS = {
     "dashboard-agent-grpc-port": 6401,
@@ -78,7 +76,6 @@ class NodeCluster:
     bridge: str
     folder: Path
     environment: dict[str, str] = field(repr=False)
-    redis: subprocess.Popen[bytes] | None = None
 
     @property
     def head(self) -> Node:
@@ -184,15 +181,15 @@ def node_cluster(
     specs: Sequence[NodeSpec],
     folder: Path,
     environment: Mapping[str, str] | None = None,
-    redis: bool = False,
+    prepare: Callable[[str], AbstractContextManager[Mapping[str, str]]] | None = None,
 ) -> Iterator[NodeCluster]:
     """A running cluster of these nodes, the first of them the head; afterwards nothing is left.
 
     Args:
         folder: short, empty, for logs and Ray's own files.
         environment: more variables for every process of the cluster.
-        redis: keep what GCS knows in a redis-server outside the nodes: a head that was killed
-            can be started again.
+        prepare: given this machine's own address in the nodes' network, once that is there and
+            before Ray is; entered for as long as the cluster runs, and gives more variables.
 
     Raises:
         NodesError: it did not come up.
@@ -202,9 +199,6 @@ def node_cluster(
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(24)}
     variables = inherited | _FAST_DEATH | secret | dict(environment or {})
-    gateway = f"{subnet}.254"
-    if redis:
-        variables["RAY_REDIS_ADDRESS"] = f"{gateway}:{REDIS_PORT}"
     nodes = [
         Node(f"{mark}n{i}", f"{mark}v{i}", f"{subnet}.{i + 1}", spec)
         for i, spec in enumerate(specs)
@@ -212,42 +206,17 @@ def node_cluster(
     cluster = NodeCluster(nodes, mark, folder, variables)
     try:
         _ip("link", "add", mark, "type", "bridge")
-        _ip("addr", "add", f"{gateway}/24", "dev", mark)
+        _ip("addr", "add", f"{subnet}.254/24", "dev", mark)
         _ip("link", "set", mark, "up")
-        if redis:
-            cluster.redis = _start_redis(gateway, folder)
         for node in nodes:
-            _plug_in(node, mark, gateway)
-        cluster.start(nodes[0])
-        cluster.start(*nodes[1:])
-        yield cluster
+            _plug_in(node, mark, f"{subnet}.254")
+        with nullcontext({}) if prepare is None else prepare(f"{subnet}.254") as more:
+            variables.update(more)
+            cluster.start(nodes[0])
+            cluster.start(*nodes[1:])
+            yield cluster
     finally:
         _remove(cluster)
-
-
-def _start_redis(address: str, folder: Path) -> subprocess.Popen[bytes]:
-    """Only the nodes' bridge leads to it."""
-    options = {"bind": address, "port": str(REDIS_PORT), "dir": str(folder), "save": ""}
-    arguments = [part for key, value in options.items() for part in (f"--{key}", value)]
-    with (folder / "redis.log").open("wb") as output:
-        process = subprocess.Popen(
-            ["redis-server", *arguments, "--protected-mode", "no"],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    deadline = time.monotonic() + _START_S
-    while not _listens(address, REDIS_PORT):
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            raise NodesError("redis-server did not start")
-        time.sleep(0.05)
-    return process
-
-
-def _listens(address: str, port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex((address, port)) == 0
 
 
 def _plug_in(node: Node, bridge: str, gateway: str) -> None:
@@ -266,9 +235,6 @@ def _remove(cluster: NodeCluster) -> None:
         with contextlib.suppress(NodesError):  # it never came to be
             cluster.kill(node)
             _ip("netns", "del", node.name)  # its cable goes with it
-    if cluster.redis is not None:
-        cluster.redis.kill()
-        cluster.redis.wait()
     with contextlib.suppress(NodesError):
         _ip("link", "del", cluster.bridge)
 

@@ -22,12 +22,12 @@ from serving.departure import Departure, Facts
 from serving.engine.loop import EngineLoop, GangFailure
 from serving.engine.request import RequestError
 from serving.engine.scheduler import Scheduler
-from serving.fleet import BEAT_S, EngineHello, EngineLoading, EngineReport, GenerateCall
+from serving.fleet import BEAT_S, Condition, EngineHello, EngineLoading, EngineReport, GenerateCall
 from serving.gang.gang import Gang
 from serving.gang.placement import RayLauncher
 from serving.node import GangNodes, node_address, stopping
 from serving.router.link import RouterLink
-from serving.specs import engine_limits, rank_specs
+from serving.specs import engine_limits, gang_bounds, rank_specs
 from serving.telemetry.exporter import MetricsExporter
 from serving.telemetry.logs import get_logger, setup_logging
 from serving.telemetry.metrics import EngineMetrics, count_tasks, new_registry
@@ -68,7 +68,12 @@ class Engine:
         self._gang = await self._start_gang(gpus)
         observer = StepObserver(EngineMetrics(registry), self._scheduler)
         self._loop = EngineLoop(
-            self._scheduler, self._gang, self._streams.emit, time.monotonic, observer
+            self._scheduler,
+            self._gang,
+            self._streams.emit,
+            time.monotonic,
+            observer,
+            self._repairing,
         )
         self._running = asyncio.create_task(self._run(), name="engine-loop")
         await self._join_fleet(await self._streams.start(self._host))
@@ -108,9 +113,16 @@ class Engine:
         return self._id, sorted(set(placement_group_table(group)["bundles_to_node_id"].values()))
 
     def check_health(self) -> None:
-        """Fails once the step loop has ended: nothing can be generated here any more."""
+        """Fails once nothing can be generated here any more.
+
+        That is judged by the steps and not by whether anybody answers: the loop has ended, or
+        nothing has come of what there is to do for longer than a step and a repair may take.
+        """
         if self._running.done():
             raise RuntimeError("the step loop has ended")
+        stalled_s, gang = self._loop.stalled_s, self._settings.gang
+        if stalled_s > gang.step_timeout_s + gang.repair_timeout_s:
+            raise RuntimeError(f"no step has finished for {stalled_s:.0f} s")
 
     async def __del__(self) -> None:
         tasks = (self._departing, self._reporting, self._running)
@@ -128,7 +140,8 @@ class Engine:
         assert group is not None, "the deployment has placement group bundles"
         launcher = RayLauncher(group, self._settings, gpus)
         secret = secrets.token_bytes(32)
-        gang = Gang(launcher, secret, settings.stages, settings.expert_parallel)
+        bounds = gang_bounds(self._settings)
+        gang = Gang(launcher, secret, settings.stages, settings.expert_parallel, bounds)
         port = await gang.listen(self._host)
         specs = rank_specs(self._settings, self._host, port, "cuda" if gpus else "cpu")
         started = time.monotonic()
@@ -140,6 +153,19 @@ class Engine:
         self._hello = EngineLoading(self._id, done, total)
         self._link.tell(self._hello)
 
+    def _repairing(self, begins: bool) -> None:
+        """A repair begins or has ended. A drain that began before or meanwhile goes on."""
+        if begins and self._streams.condition is Condition.SERVING:
+            self._streams.condition = Condition.REPAIRING
+        elif not begins and self._streams.condition is Condition.REPAIRING:
+            self._streams.condition = Condition.SERVING
+        if not begins and isinstance(self._hello, EngineHello):
+            self._hello.metrics_addresses = self._metrics_addresses()
+            self._link.tell(self._hello)
+
+    def _metrics_addresses(self) -> list[str]:
+        return [self._exporter.address, *self._gang.metrics_addresses]
+
     async def _join_fleet(self, port: int) -> None:
         limits = engine_limits(self._settings)
         self._hello = EngineHello(
@@ -149,7 +175,7 @@ class Engine:
             model=self._settings.model.served_name,
             total_tokens=limits.cache_tokens,
             max_request_tokens=limits.max_request_tokens,
-            metrics_addresses=[self._exporter.address, *self._gang.metrics_addresses],
+            metrics_addresses=self._metrics_addresses(),
         )
         self._link.tell(self._hello)
 

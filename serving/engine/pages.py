@@ -106,6 +106,14 @@ class PagePool:
             else:
                 self._free.append(page)
 
+    def forget(self) -> None:
+        """The cache was lost: what nobody holds is free, and no content is known."""
+        assert not self._holders, "pages of a lost cache are held"
+        self._free += self._remembered
+        self._remembered.clear()
+        self._hash_of.clear()
+        self._page_of.clear()
+
     def check_integrity(self, holds: Iterable[int]) -> None:
         """Raises AssertionError unless exactly these holds exist and every page is somewhere."""
         expected: dict[int, int] = {}

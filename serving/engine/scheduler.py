@@ -6,6 +6,7 @@ rest of this file is where pages come from and what happens when a result comes 
 """
 
 from bisect import insort
+from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -152,6 +153,30 @@ class Scheduler:
                 outputs.append(self._take_sample(taker, sample))
         return outputs
 
+    def restart(self, empty_columns: Iterable[int]) -> int:
+        """The ranks have forgotten every sequence, and the steps in flight are lost.
+
+        Whoever had a place waits for one again, with the tokens it has, and as important as it
+        was. Pages whose content is known still hold it, so that little is computed again.
+
+        Args:
+            empty_columns: but for these, where a rank has lost its cache.
+
+        Returns:
+            how many sequences had a place.
+        """
+        placed = [sequence for running in self._running for sequence in running]
+        for sequence in placed:
+            self._leave_column(sequence)
+            insort(self._waiting, sequence, key=_by_rank)
+        for column in empty_columns:
+            self._pools[column].forget()
+        for sequence in self._waiting:
+            sequence.in_flight = 0
+        self._in_flight.clear()
+        self._forget = [[] for _ in self._pools]
+        return len(placed)
+
     def stats(self) -> EngineStats:
         return EngineStats(
             running=sum(len(running) for running in self._running),
@@ -258,8 +283,8 @@ class Scheduler:
         sequence.place(column, cached)
         insort(self._running[column], sequence, key=_by_rank)
         if sequence.epoch == 0:
-            cached = min(sequence.scheduled, sequence.request.prompt_tokens)
-            sequence.stats.cached_tokens = cached
+            own = sequence.request.prompt_tokens
+            sequence.stats.cached_tokens = min(sequence.scheduled, own)
             self._prefix_query_tokens += sequence.known
             self._prefix_hit_tokens += sequence.scheduled
 

@@ -30,6 +30,10 @@ class StageExchange(ExpertExchange):
         self.bytes_sent = 0
         self.trace: Callable[[str, float, float], None] | None = None
 
+    def join(self, fabric: Fabric) -> None:
+        """Goes on with another group of the same ranks."""
+        self._fabric = fabric
+
     def begin(self, rows: Sequence[int]) -> None:
         """Starts a step: how many rows each rank of the stage brings; resets the account."""
         self._rows = rows

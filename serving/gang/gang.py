@@ -1,82 +1,43 @@
-"""The engine's side of a gang: launch the ranks, form the group, feed steps, collect results.
+"""The engine's side of a gang: start it, feed it steps, collect results, see it break, repair it.
 
-One TCP connection per rank carries everything; when it ends, that rank is dead, and the engine
-knows at once. The first failure ends the gang: every later call raises `GangFailure`.
+A break is the loss of a rank, a group that fails, or a step that does not come back; until the
+repair, no step is run.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
-from typing import Protocol
 
-from serving.engine.loop import GangFailure
+from serving.engine.loop import GangBroken, GangFailure, Repair
 from serving.engine.plan import RankResult, StepPlan, StepResult
-from serving.gang.messages import (
-    GANG_CODEC,
-    FormGang,
-    LoadProgress,
-    RankFailed,
-    RankHello,
-    RankReady,
-    RankSpec,
-)
-from serving.wire import Channel, ChannelServer, WireError
+from serving.gang.members import GangStartError, Members, Progress
+from serving.gang.messages import GANG_CODEC, RankSpec
+from serving.gang.repair import Forming, GangBounds, Launcher
+from serving.wire import WireError
 
-Progress = Callable[[int, int], None]
-
-
-class GangStartError(GangFailure):
-    """The gang never came to be. `user_error`: a retry with the same settings is of no use."""
-
-    def __init__(self, message: str, user_error: bool = False) -> None:
-        super().__init__(message)
-        self.user_error = user_error
-
-
-class Launcher(Protocol):
-    """Starts rank processes somewhere; each calls `run_rank(spec, secret)`."""
-
-    async def launch(self, specs: list[RankSpec], secret: bytes) -> None: ...
-
-    async def watch(self) -> str:
-        """Waits until a rank has ended by itself; returns one line about it."""
-        ...
-
-    async def stop(self) -> None:
-        """Ends every rank; returns when they are gone."""
-        ...
-
-
-class _Rank:
-    """One connected rank."""
-
-    def __init__(self, hello: RankHello, channel: Channel) -> None:
-        self.hello = hello
-        self.channel = channel
-        self.ready = False
-        self.bytes_done = 0
-        self.bytes_total = 0
+_LOOKS = 8  # of the watchdog, in the time that a step may take
 
 
 class Gang:
     """A running group of `stages` × `ranks` rank processes; implements the loop's `Gang`."""
 
-    def __init__(self, launcher: Launcher, secret: bytes, stages: int, ranks: int) -> None:
+    def __init__(
+        self, launcher: Launcher, secret: bytes, stages: int, ranks: int, bounds: GangBounds
+    ) -> None:
         self._launcher = launcher
         self._secret = secret
         self._size = stages * ranks
-        self._columns = ranks
-        self._server = ChannelServer(secret, GANG_CODEC, self._serve_rank)
-        self._ranks: dict[tuple[int, int], _Rank] = {}
+        self._bounds = bounds
+        self._members = Members(secret, stages, ranks, self._collect)
+        self._forming: Forming | None = None
         self._partial: dict[int, list[RankResult]] = {}
         self._results: deque[StepResult] = deque()
-        self._failure: GangFailure | None = None
-        self._news = asyncio.Event()  # one waiter at a time: `start`, then `result`
-        self._progress: Progress = lambda done, total: None
+        self._submitted = 0
+        self._finished = 0
+        self._watches: list[asyncio.Task[None]] = []
 
     async def listen(self, host: str) -> int:
         """Opens the port that ranks connect to; its number goes into their specs."""
-        return await self._server.start(host)
+        return await self._members.listen(host)
 
     async def start(
         self, specs: list[RankSpec], timeout_s: float, progress: Progress | None = None
@@ -89,114 +50,98 @@ class Gang:
         Raises:
             GangStartError: a rank failed or did not get ready in time; the gang is stopped.
         """
-        self._progress = progress or self._progress
-        watch = asyncio.create_task(self._watch_launcher())
+        self._members.progress = progress or self._members.progress
+        by_cell = {(spec.stage, spec.rank): spec for spec in specs}
+        self._forming = Forming(self._members, self._launcher, self._secret, self._bounds, by_cell)
+        self._watches.append(asyncio.create_task(self._watch_launcher(), name="gang-watch"))
         try:
             async with asyncio.timeout(timeout_s):
-                await self._launcher.launch(specs, self._secret)
-                await self._until(lambda: len(self._ranks) == self._size)
-                offers: dict[str, bytes] = {}
-                for rank in self._ranks.values():
-                    offers |= rank.hello.offers
-                form = GANG_CODEC.frame(FormGang(0, offers))
-                for rank in self._ranks.values():
-                    rank.channel.send_frame(form)
-                await self._until(lambda: all(rank.ready for rank in self._ranks.values()))
+                await self._forming.start()
         except TimeoutError as error:
             raise GangStartError(f"ranks were not ready after {timeout_s:g} s") from error
-        except (GangFailure, WireError) as error:
-            first = self._failure or error
-            user_error = isinstance(first, GangStartError) and first.user_error
-            raise GangStartError(str(first), user_error) from error
         finally:
-            watch.cancel()
-            if not all(rank.ready for rank in self._ranks.values()) or not self._ranks:
+            if not self._members.started:
                 await self.stop()
+        self._watches.append(asyncio.create_task(self._watch_steps(), name="gang-watchdog"))
 
     @property
     def metrics_addresses(self) -> list[str]:
         """Where each rank's own metrics are served."""
-        return [self._ranks[key].hello.metrics_address for key in sorted(self._ranks)]
+        here = self._members.here
+        return [here[cell].hello.metrics_address for cell in sorted(here)]
 
     def submit(self, plan: StepPlan) -> None:
         """Sends a step to every rank: one encoding per column, the same bytes to its stages."""
+        if self._members.torn is not None:
+            return  # `result` tells
+        self._submitted += 1
         frames = [GANG_CODEC.frame(column) for column in plan.columns]
-        for (_, column), rank in self._ranks.items():
+        for (_, column), rank in self._members.here.items():
             try:
                 rank.channel.send_frame(frames[column])
             except WireError:
-                return  # `result` tells: this connection's reader has seen the end as well
+                return  # this connection's reader has seen the end as well
 
     async def result(self) -> StepResult:
-        """The next finished step; steps that finished before a failure come first.
+        """The next finished step; steps that finished before a break come first.
 
         Raises:
-            GangFailure: a rank is gone.
+            GangBroken: no more will finish before a repair.
+            GangFailure: the gang is at its end.
         """
-        await self._until(lambda: bool(self._results))
-        return self._results.popleft()
+        members = self._members
+        await members.until(lambda: bool(self._results) or members.torn is not None)
+        if self._results:
+            return self._results.popleft()
+        raise GangBroken(members.torn)
+
+    async def repair(self) -> Repair:
+        """Replaces the ranks that were lost, and forms the groups anew.
+
+        Raises:
+            GangFailure: it took too long, or was needed too often.
+        """
+        assert self._forming is not None, "a gang starts before it breaks"
+        self._partial.clear()
+        self._results.clear()
+        self._submitted = self._finished = 0
+        try:
+            return await self._forming.repair()
+        except GangFailure as failure:
+            self._members.fail(failure)
+            raise
 
     async def stop(self) -> None:
         """Ends the ranks; safe to call twice."""
-        self._fail(GangFailure("the gang was stopped"))
-        await self._server.close()
+        for watch in self._watches:
+            watch.cancel()
+        await asyncio.gather(*self._watches, return_exceptions=True)
+        await self._members.close()
         await self._launcher.stop()
-
-    async def _until(self, condition: Callable[[], bool]) -> None:
-        while not condition():
-            if self._failure is not None:
-                raise self._failure
-            self._news.clear()
-            await self._news.wait()
-
-    async def _watch_launcher(self) -> None:
-        self._fail(GangStartError(await self._launcher.watch()))
-
-    async def _serve_rank(self, channel: Channel) -> None:
-        hello = await channel.receive()
-        key = (hello.stage, hello.rank) if isinstance(hello, RankHello) else None
-        if key is None or key in self._ranks:
-            return
-        rank = self._ranks[key] = _Rank(hello, channel)
-        self._news.set()
-        try:
-            while True:
-                self._receive(rank, await channel.receive())
-        except WireError:
-            self._fail(GangFailure(f"rank {key[0]}.{key[1]} is gone"))
-
-    def _receive(self, rank: _Rank, message: object) -> None:
-        match message:
-            case RankResult():
-                self._collect(message)
-            case LoadProgress():
-                rank.bytes_done, rank.bytes_total = message.bytes_done, message.bytes_total
-                self._report_progress()
-            case RankReady():
-                rank.ready = True
-                self._news.set()
-            case RankFailed():
-                text = f"rank {message.stage}.{message.rank}: {message.message}"
-                if message.user_error:
-                    text = message.message
-                error = GangFailure(text)
-                if not all(rank.ready for rank in self._ranks.values()):
-                    error = GangStartError(text, message.user_error)
-                self._fail(error)
 
     def _collect(self, result: RankResult) -> None:
         parts = self._partial.setdefault(result.step, [])
         parts.append(result)
         if len(parts) == self._size:
             del self._partial[result.step]
+            self._finished += 1
             self._results.append(StepResult(result.step, parts))
-            self._news.set()
+            self._members.wake()
 
-    def _report_progress(self) -> None:
-        done = sum(rank.bytes_done for rank in self._ranks.values())
-        self._progress(done, sum(rank.bytes_total for rank in self._ranks.values()))
+    async def _watch_launcher(self) -> None:
+        while True:
+            self._members.lose(*await self._launcher.watch())
 
-    def _fail(self, error: GangFailure) -> None:
-        if self._failure is None:
-            self._failure = error
-            self._news.set()
+    async def _watch_steps(self) -> None:
+        """Sees when no step comes back for too long, for nobody may be dead and nothing move.
+
+        Counts its looks and not the time: an engine that stood still itself blames nobody.
+        """
+        timeout_s, seen, looks = self._bounds.step_timeout_s, -1, 0
+        while True:
+            await asyncio.sleep(timeout_s / _LOOKS)
+            under_way = self._submitted > self._finished and self._members.torn is None
+            looks = looks + 1 if under_way and self._finished == seen else 0
+            seen = self._finished
+            if looks == _LOOKS:
+                self._members.tear(f"no step came back for {timeout_s:g} s")

@@ -4,6 +4,7 @@ A group's leader opens a memory file and a socket with an abstract address, whic
 the others. Each gets, over that socket, the file and a connection to every other rank.
 """
 
+import contextlib
 import fcntl
 import os
 import platform
@@ -98,6 +99,11 @@ class Meeting:
                 for bell in bells[rank].values():
                     bell.close()
         return SharedMemoryFabric(0, self._size, self._segment, bells[0], timeout_s)
+
+    def abort(self) -> None:
+        """Lets `lead` fail at once, from another thread."""
+        with contextlib.suppress(OSError):  # it is over
+            self._listener.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Ends a meeting that nobody will lead."""

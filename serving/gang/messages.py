@@ -1,6 +1,6 @@
 """What a rank and its engine tell each other, besides plans and results."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from serving.engine.plan import RankPlan, RankResult
 from serving.wire import Codec
@@ -38,13 +38,31 @@ class RankSpec:
 
 @dataclass(slots=True)
 class RankHello:
-    """First word of a rank. `offers` are its contributions to the rendezvous of the fabrics."""
+    """First word of a rank."""
 
     stage: int
     rank: int
     pid: int
     metrics_address: str
-    offers: dict[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Gather:
+    """A new generation of groups begins: leave those that there are, whatever hangs in them.
+
+    What the engine said before and the rank has not done yet is void, and so are the sequences
+    that it knows.
+    """
+
+    generation: int
+
+
+@dataclass(slots=True)
+class RankOffer:
+    """The rank is free, and this is its contribution to the rendezvous of the fabrics."""
+
+    generation: int
+    offers: dict[str, bytes]
 
 
 @dataclass(slots=True)
@@ -59,8 +77,6 @@ class FormGang:
 class LoadProgress:
     """How far one rank has read its weights."""
 
-    stage: int
-    rank: int
     bytes_done: int
     bytes_total: int
 
@@ -69,20 +85,34 @@ class LoadProgress:
 class RankReady:
     """Weights loaded, cache allocated, fabrics formed: plans may come."""
 
-    stage: int
-    rank: int
-    load_s: float
-    cache_bytes: int
+    generation: int
+
+
+@dataclass(slots=True)
+class GroupBroken:
+    """A group of the rank's is of no use any more; the rank itself is well and can gather."""
+
+    generation: int
+    message: str
 
 
 @dataclass(slots=True)
 class RankFailed:
     """The rank cannot go on; one line says why."""
 
-    stage: int
-    rank: int
     message: str
     user_error: bool = False  # the checkpoint or the settings are wrong: a retry is of no use
 
 
-GANG_CODEC = Codec(RankHello, FormGang, LoadProgress, RankReady, RankFailed, RankPlan, RankResult)
+GANG_CODEC = Codec(
+    RankHello,
+    Gather,
+    RankOffer,
+    FormGang,
+    LoadProgress,
+    RankReady,
+    GroupBroken,
+    RankFailed,
+    RankPlan,
+    RankResult,
+)

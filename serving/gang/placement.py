@@ -9,12 +9,17 @@ import asyncio
 from typing import Any
 
 import ray
+from ray.exceptions import ActorUnavailableError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from serving.config import Settings
+from serving.gang.members import Cell, cell_name
 from serving.gang.messages import RankSpec
 from serving.node import node_address
+from serving.telemetry.logs import get_logger
+
+log = get_logger("gang")
 
 
 def bundles(settings: Settings, gpus: bool) -> list[dict[str, float]]:
@@ -44,34 +49,59 @@ class RayLauncher:
         self._group = group
         self._settings = settings
         self._gpus = gpus
-        self._actors: list[Any] = []
-        self._runs: list[Any] = []
-        self._started = asyncio.Event()
+        self._bundles: dict[Cell, int] = {}
+        self._actors: dict[Cell, Any] = {}
+        self._waits: set[asyncio.Task[None]] = set()
+        self._ended: asyncio.Queue[tuple[Cell, Any, str]] = asyncio.Queue()
 
     async def launch(self, specs: list[RankSpec], secret: bytes) -> None:
-        order = self._cell_bundles()
-        for spec, bundle in zip(specs, order, strict=True):
-            actor = Rank.options(  # type: ignore[attr-defined]
+        """Starts a rank for each; the first time for all cells, whose bundles are chosen then."""
+        if not self._bundles:
+            cells = ((spec.stage, spec.rank) for spec in specs)
+            self._bundles = dict(zip(cells, self._cell_bundles(), strict=True))
+        for spec in specs:
+            cell = (spec.stage, spec.rank)
+            if cell in self._actors:
+                ray.kill(self._actors[cell], no_restart=True)
+            actor = self._actors[cell] = Rank.options(  # type: ignore[attr-defined]
                 num_cpus=self._settings.gang.cpus,
                 num_gpus=1 if self._gpus else 0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    self._group, placement_group_bundle_index=bundle
+                    self._group, placement_group_bundle_index=self._bundles[cell]
                 ),
             ).remote()
-            self._actors.append(actor)
-            self._runs.append(actor.run.remote(spec, self._settings, secret))
-        self._started.set()
+            run = actor.run.remote(spec, self._settings, secret)
+            wait = asyncio.create_task(self._wait(cell, actor, run))
+            self._waits.add(wait)
+            wait.add_done_callback(self._waits.discard)
 
-    async def watch(self) -> str:
-        await self._started.wait()
-        runs = [asyncio.ensure_future(run) for run in self._runs]
-        done, _ = await asyncio.wait(runs, return_when=asyncio.FIRST_COMPLETED)
-        error = next(iter(done)).exception()
-        return f"a rank ended: {type(error).__name__ if error else 'released'}"
+    async def watch(self) -> tuple[Cell, str]:
+        while True:
+            cell, actor, line = await self._ended.get()
+            if self._actors[cell] is actor:  # else it has been replaced
+                return cell, line
 
     async def stop(self) -> None:
-        for actor in self._actors:
+        for wait in self._waits:
+            wait.cancel()
+        for actor in self._actors.values():
             ray.kill(actor, no_restart=True)
+
+    async def _wait(self, cell: Cell, actor: Any, run: Any) -> None:
+        """Tells when a rank has ended.
+
+        One that Ray cannot reach just now has not: whether it still works is seen on its
+        connection, and by its steps.
+        """
+        try:
+            await run
+            line = "a rank ended: released"
+        except ActorUnavailableError:
+            log.event("WARNING", "rank.unreachable", cell=cell_name(cell))
+            return
+        except RayError as error:
+            line = f"a rank ended: {type(error).__name__}"
+        self._ended.put_nowait((cell, actor, line))
 
     def _cell_bundles(self) -> list[int]:
         """Bundle of each cell in cell order: bundles of one node are neighbours."""

@@ -3,14 +3,13 @@
 The same function serves a Ray actor and a plain process; it returns when the engine closes the
 connection. Losing the engine is the end of the process: a rank without it has no use, and
 whatever it is stuck in (a collective, a kernel) must not outlive it.
+
+Losing a peer is not: the rank waits for the engine's word to gather, keeps its weights, and
+forms its groups anew with whoever comes in the peer's place.
 """
 
-import contextlib
 import os
-import queue
-import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,18 +23,22 @@ from model.stage import Stage
 from model.tokenizer import Tokenizer
 from serving.engine.plan import RankPlan
 from serving.gang.exchange import EXCHANGES, StageExchange
-from serving.gang.fabric import Fabric, FabricError, GlooFabric, host_store, join_store
+from serving.gang.fabric import FabricError
 from serving.gang.grammars import Grammars
-from serving.gang.meeting import MOST_RANKS, Meeting, host_identity, join
+from serving.gang.inbox import Inbox
 from serving.gang.messages import (
     GANG_CODEC,
     FormGang,
+    Gather,
+    GroupBroken,
     LoadProgress,
     RankFailed,
     RankHello,
+    RankOffer,
     RankReady,
     RankSpec,
 )
+from serving.gang.rendezvous import Fabrics, Rendezvous
 from serving.gang.trace import StepTrace
 from serving.gang.worker import Worker
 from serving.telemetry.exporter import MetricsExporter
@@ -45,16 +48,6 @@ from serving.wire import BlockingChannel, WireError
 
 log = get_logger("rank")
 _PROGRESS_S = 0.25
-_STORE = "store"
-_HOST = "host"  # followed by the cell
-
-
-@dataclass(slots=True)
-class Fabrics:
-    """The groups that a rank belongs to; None where it would be alone."""
-
-    column: Fabric | None
-    peers: Fabric | None
 
 
 def run_rank(spec: RankSpec, secret: bytes) -> None:
@@ -70,12 +63,13 @@ def run_rank(spec: RankSpec, secret: bytes) -> None:
     )
     channel = BlockingChannel.connect(spec.engine_host, spec.engine_port, secret, GANG_CODEC)
     try:
-        _live(spec, channel, RankMetrics(registry, spec.stage, spec.rank), exporter.address)
-    except (CheckpointError, FabricError, RuntimeError, OSError) as error:
+        channel.send(RankHello(spec.stage, spec.rank, os.getpid(), exporter.address))
+        _Resident(spec, channel, RankMetrics(registry, spec.stage, spec.rank)).live()
+    except (CheckpointError, RuntimeError, OSError) as error:
         log.event("ERROR", "rank.failed", cell=spec.cell, error=type(error).__name__)
         text = str(error) or type(error).__name__
         user_error = isinstance(error, CheckpointError)
-        channel.send(RankFailed(spec.stage, spec.rank, text.splitlines()[0][:500], user_error))
+        channel.send(RankFailed(text.splitlines()[0][:500], user_error))
     except WireError:
         log.event("INFO", "rank.released", cell=spec.cell)
     finally:
@@ -83,109 +77,60 @@ def run_rank(spec: RankSpec, secret: bytes) -> None:
         channel.close()
 
 
-def _live(
-    spec: RankSpec, channel: BlockingChannel, metrics: RankMetrics, metrics_address: str
-) -> None:
-    rendezvous = _Rendezvous(spec)
-    hello = RankHello(spec.stage, spec.rank, os.getpid(), metrics_address, rendezvous.offers())
-    channel.send(hello)
-    form = channel.receive()
-    if not isinstance(form, FormGang):
-        raise RuntimeError("the engine sent a plan before the gang had formed")
-    fabrics = rendezvous.form(form.offers)
-    started = time.monotonic()
-    worker, cache_bytes = _build_worker(spec, fabrics, channel)
-    load_s = time.monotonic() - started
-    metrics.loaded(load_s, cache_bytes)
-    channel.send(RankReady(spec.stage, spec.rank, load_s, cache_bytes))
-    plans: queue.SimpleQueue[RankPlan] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(channel, plans), name="plans", daemon=True).start()
-    while True:
-        result = worker.step(plans.get())
-        metrics.step(result)
-        channel.send(result)
+class _Resident:
+    """Does what the engine says, one thing after another."""
 
-
-def _listen(channel: BlockingChannel, plans: "queue.SimpleQueue[RankPlan]") -> None:
-    """Feeds the step loop; ends the process with the connection."""
-    try:
-        while True:
-            plans.put(channel.receive())
-    except WireError:
-        os._exit(0)
-
-
-class _Rendezvous:
-    """What the ranks must tell each other so that their groups can form."""
-
-    def __init__(self, spec: RankSpec) -> None:
+    def __init__(self, spec: RankSpec, channel: BlockingChannel, metrics: RankMetrics) -> None:
         self._spec = spec
-        self._alone = spec.stages * spec.ranks == 1
-        self._leads: dict[str, int] = {}  # groups, and how many ranks they have
-        if spec.stages > 1 and spec.stage == 0:
-            self._leads[f"column{spec.rank}"] = spec.stages
-        if spec.ranks > 1 and spec.rank == 0:
-            self._leads[f"stage{spec.stage}"] = spec.ranks
-        self._store: object | None = None
-        self._meetings: dict[str, Meeting] = {}
+        self._channel = channel
+        self._metrics = metrics
+        self._inbox = Inbox(channel)
+        self._generation = -1
+        self._rendezvous = Rendezvous(spec)
+        self._worker: Worker | None = None
+        self._formed = False  # the groups are there and whole, as far as this rank knows
 
-    def offers(self) -> dict[str, bytes]:
-        """This rank's contributions.
+    def live(self) -> None:
+        while True:
+            message = self._inbox.get()
+            try:
+                if isinstance(message, RankPlan):
+                    self._step(message)
+                elif isinstance(message, Gather):
+                    self._gather(message.generation)
+                elif isinstance(message, FormGang):
+                    self._form(message.offers)
+            except FabricError as error:
+                self._formed = False
+                log.event("WARNING", "rank.group_broken", cell=self._spec.cell, reason=str(error))
+                self._channel.send(GroupBroken(self._generation, str(error)[:500]))
 
-        On GPUs the NCCL ids of groups that it leads. On CPUs a store's address for gloo; and,
-        for shared memory, the rank's host and where the groups that it leads meet.
-        """
-        if self._spec.device == "cuda":
-            from serving.gang.nccl import new_unique_id
+    def _step(self, plan: RankPlan) -> None:
+        if self._worker is None or not self._formed:
+            return  # the engine has been told
+        result = self._worker.step(plan)
+        self._metrics.step(result)
+        self._channel.send(result)
 
-            return {name: new_unique_id() for name in self._leads}
-        offers = {} if self._alone else self._memory_offers()
-        if self._spec.stage == 0 and self._spec.rank == 0 and not self._alone:
-            self._store, port = host_store(self._spec.host, self._spec.start_timeout_s)
-            offers[_STORE] = f"{self._spec.host} {port}".encode()
-        return offers
+    def _gather(self, generation: int) -> None:
+        self._formed = False
+        self._generation = generation
+        self._rendezvous.close()
+        self._rendezvous = Rendezvous(self._spec)
+        self._channel.send(RankOffer(generation, self._rendezvous.offers()))
 
-    def _memory_offers(self) -> dict[str, bytes]:
-        identity = host_identity(self._spec.host) if self._spec.fabric != "gloo" else None
-        if identity is None:
-            return {}
-        for name, size in self._leads.items():
-            if size <= MOST_RANKS:
-                with contextlib.suppress(OSError):  # not on this system: then all use gloo
-                    self._meetings[name] = Meeting(size)
-        meetings = {name: meeting.address for name, meeting in self._meetings.items()}
-        return {_HOST + self._spec.cell: identity} | meetings
-
-    def form(self, offers: dict[str, bytes]) -> Fabrics:
-        spec = self._spec
-        column = peers = None
-        if spec.stages > 1:
-            cells = [f"{stage}.{spec.rank}" for stage in range(spec.stages)]
-            column = self._group(f"column{spec.rank}", spec.stage, cells, offers)
-        if spec.ranks > 1:
-            cells = [f"{spec.stage}.{rank}" for rank in range(spec.ranks)]
-            peers = self._group(f"stage{spec.stage}", spec.rank, cells, offers)
-        for meeting in self._meetings.values():
-            meeting.close()  # of a group that is spread over hosts
-        return Fabrics(column, peers)
-
-    def _group(self, name: str, rank: int, cells: list[str], offers: dict[str, bytes]) -> Fabric:
-        """Joins a group; all its members see the same offers, and so choose the same fabric."""
-        spec, size = self._spec, len(cells)
-        if spec.device == "cuda":
-            from serving.gang.nccl import NcclFabric
-
-            return NcclFabric(offers[name], rank, size)
-        hosts = {offers.get(_HOST + cell) for cell in cells}
-        if name in offers and len(hosts) == 1 and None not in hosts:
-            if name in self._meetings:
-                return self._meetings.pop(name).lead(spec.step_timeout_s)
-            return join(offers[name], rank, size, spec.step_timeout_s)
-        if spec.fabric == "shared_memory":
-            raise FabricError(f"the ranks of {name} cannot share memory: gang.fabric must be gloo")
-        host, port = offers[_STORE].decode().split()
-        store = join_store(host, int(port), spec.start_timeout_s)
-        return GlooFabric(store, name, rank, size, spec.host, spec.step_timeout_s)
+    def _form(self, offers: dict[str, bytes]) -> None:
+        self._inbox.abort_with(self._generation, self._rendezvous)
+        fabrics = self._rendezvous.form(offers)
+        self._inbox.abort_with(self._generation, fabrics)
+        started = time.monotonic()
+        if self._worker is None:
+            self._worker, cache_bytes = _build_worker(self._spec, fabrics, self._channel)
+            self._metrics.loaded(time.monotonic() - started, cache_bytes)
+        else:
+            self._worker.join(fabrics.column, fabrics.peers)
+        self._formed = True
+        self._channel.send(RankReady(self._generation))
 
 
 def _build_worker(spec: RankSpec, fabrics: Fabrics, channel: BlockingChannel) -> tuple[Worker, int]:
@@ -207,7 +152,7 @@ def _build_worker(spec: RankSpec, fabrics: Fabrics, channel: BlockingChannel) ->
         nonlocal last_report
         if done == total or time.monotonic() - last_report > _PROGRESS_S:
             last_report = time.monotonic()
-            channel.send(LoadProgress(spec.stage, spec.rank, done, total))
+            channel.send(LoadProgress(done, total))
 
     for name, tensor in read_cell(directory, config, layout, cell, dtype, report):
         stage.load_tensor(name, tensor)

@@ -82,6 +82,16 @@ class Worker:
         self._last = column is None or cell.stage == column.size - 1
         self._residents: dict[int, Resident] = {}
 
+    def join(self, column: Fabric | None, peers: Fabric | None) -> None:
+        """Takes up the groups of a new generation; the sequences of the old one are forgotten.
+
+        What is in the cache stays there.
+        """
+        self._residents.clear()
+        self._column = column
+        if self._exchange is not None and peers is not None:
+            self._exchange.join(peers)
+
     @torch.inference_mode()
     def step(self, plan: RankPlan) -> RankResult:
         """Runs one step; every rank of the gang must run the same steps in the same order."""

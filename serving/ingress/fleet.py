@@ -66,9 +66,14 @@ class FleetClient:
         self._watching = asyncio.create_task(self._watch(), name="fleet-watch")
 
     @property
+    def serving(self) -> int:
+        """How many engines would take a request now."""
+        return sum(map(self._serves, self._streams.values()))
+
+    @property
     def ready(self) -> bool:
         """Whether a request would find an engine now."""
-        return any(self._serves(stream) for stream in self._streams.values())
+        return any(map(self._serves, self._streams.values()))
 
     @property
     def max_request_tokens(self) -> int | None:
@@ -174,7 +179,8 @@ class FleetClient:
         log.event("WARNING", "client.stalled", request=request_id)
         self._inboxes[request_id].fail(ApiError(408, "The client does not read its answer."))
         held = self._held.get(request_id)
-        self.close_request(request_id, held and held.engine_id, finished=False)
+        engine_id = None if held is None else held.engine_id
+        self.close_request(request_id, engine_id, finished=False)
 
     def _release(self, request_id: str) -> None:
         if request_id in self._held:
@@ -299,8 +305,9 @@ class FleetClient:
         self._requests_lost(request_ids, "lost")
 
     def _requests_lost(self, request_ids: Iterable[str], reason: str) -> None:
+        """They go on elsewhere; whatever else comes for them from here has no inbox any more."""
         for request_id in request_ids:
-            inbox = self._inboxes.get(request_id)
+            inbox = self._inboxes.pop(request_id, None)
             if inbox is not None and inbox.ended is None:
                 inbox.fail(EngineLost(reason))
 
@@ -317,10 +324,9 @@ class FleetClient:
                 self._release(token.request_id)
         for finish in frame.ended:
             self._release(finish.request_id)
-            inbox = self._inboxes.get(finish.request_id)
-            if inbox is None:
-                continue
             if finish.reason is FinishReason.MOVED:
-                inbox.fail(EngineLost("moved"))
-            else:
+                self._requests_lost((finish.request_id,), "moved")
+                continue
+            inbox = self._inboxes.get(finish.request_id)
+            if inbox is not None:
                 inbox.end(finish)

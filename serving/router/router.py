@@ -147,6 +147,9 @@ class Router:
                 report = await channel.receive()
                 if isinstance(report, EngineReport):
                     self._take_report(view, report)
+                elif isinstance(report, EngineHello):  # it has other ranks than before
+                    view.hello = report
+                    self._fleet_changed()
         finally:
             self._book.leave(view)
             self._fleet_changed()

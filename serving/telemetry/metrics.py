@@ -29,6 +29,7 @@ ITL_BUCKETS = (*_MS[2:], *_TENTHS, 2.0, 5.0, 10.0)
 TTFT_BUCKETS = (*_MS[2:], *_TENTHS, *_SECONDS, *_MINUTES[:2])
 QUEUE_BUCKETS = (0.0005, *_MS, *_TENTHS, *_SECONDS, *_MINUTES[:2])
 E2E_BUCKETS = (*_MS[4:], *_TENTHS, *_SECONDS, *_MINUTES)
+REPAIR_SECONDS_BUCKETS = (0.5, 1.0, *_SECONDS[1:], *_MINUTES[:3])
 STEP_TOKENS_BUCKETS = tuple(float(2**power) for power in range(14))
 
 Endpoint = Literal["chat", "completions", "responses", "messages", "other"]
@@ -276,6 +277,17 @@ class EngineMetrics:
             buckets=STEP_TOKENS_BUCKETS,
             registry=registry,
         )
+
+        self._repair_seconds = Histogram(
+            "expertline_gang_repair_seconds",
+            "From the break of the ranks' gang until steps could run again; its count is repairs.",
+            buckets=REPAIR_SECONDS_BUCKETS,
+            registry=registry,
+        )
+
+    def repaired(self, seconds: float) -> None:
+        """The gang lost a rank, and is whole again after so long."""
+        self._repair_seconds.observe(seconds)
 
     def step(self, seconds: float, tokens: int) -> None:
         """A step has returned."""

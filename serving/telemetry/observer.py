@@ -1,9 +1,12 @@
 """From the engine's books to its metrics, once per step."""
 
-from serving.engine.loop import StepTimes
+from serving.engine.loop import Repair, StepTimes
 from serving.engine.plan import StepPlan, StepResult
 from serving.engine.scheduler import Scheduler
+from serving.telemetry.logs import get_logger
 from serving.telemetry.metrics import EngineMetrics
+
+log = get_logger("engine")
 
 
 class StepObserver:
@@ -24,3 +27,14 @@ class StepObserver:
         self._metrics.prefix(queried, now.prefix_hit_tokens - last.prefix_hit_tokens)
         self._metrics.preempted(now.preemptions - last.preemptions)
         self._last = now
+
+    def gang_repaired(self, repair: Repair, seconds: float, sequences: int) -> None:
+        self._metrics.repaired(seconds)
+        log.event(
+            "INFO",
+            "gang.repaired",
+            seconds=round(seconds, 3),
+            generation=repair.generation,
+            cells=" ".join(repair.cells),
+            sequences=sequences,
+        )

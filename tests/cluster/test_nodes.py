@@ -6,7 +6,6 @@ the workers, so that the third can take over.
 
 import asyncio
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -23,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.local_ray import serve_environment
 from loadtest.chaos.nodes import Node, NodeCluster, NodeSpec, node_cluster, why_not
+from loadtest.chaos.redis_store import redis_store, why_no_redis
 from tests.cluster.test_serving import expected_text
 from tests.waiting import until
 
@@ -33,7 +34,7 @@ pytestmark = [
     pytest.mark.skipif(REASON is not None, reason=f"several nodes: {REASON}"),
 ]
 
-HAS_REDIS = shutil.which("redis-server") is not None
+NO_REDIS = why_no_redis()
 PORT = 8000  # of every node's own address
 START_TIMEOUT_S = 240.0
 PROMPT = "def main():\n"
@@ -89,7 +90,8 @@ def fleet() -> Iterator[Fleet]:
         folder = Path(name)
         environment = serve_environment(folder, longest_stream_s=600)
         specs = [NodeSpec(cpus=0), *(NodeSpec(cpus=2, gpus=2) for _ in range(3))]
-        with node_cluster(specs, folder, environment, redis=HAS_REDIS) as cluster:
+        store = partial(redis_store, folder=folder) if NO_REDIS is None else None
+        with node_cluster(specs, folder, environment, store) as cluster:
             (folder / "settings.yaml").write_text(yaml.safe_dump(SETTINGS))
             command = [sys.executable, "-c", "from deploy.cli import main; main()", "up"]
             up = cluster.spawn(
@@ -138,7 +140,7 @@ async def test_a_request_outlives_the_cable_of_a_node_that_works_on_it(fleet: Fl
     await asyncio.to_thread(fleet.cluster.start, victims[0])
 
 
-@pytest.mark.skipif(not HAS_REDIS, reason="redis-server is not installed")
+@pytest.mark.skipif(NO_REDIS is not None, reason=str(NO_REDIS))
 async def test_tokens_flow_without_a_head_and_another_one_takes_over(fleet: Fleet) -> None:
     expected = await fleet.answer(LONG)
     asked = asyncio.create_task(fleet.answer(LONG))

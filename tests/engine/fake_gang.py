@@ -15,7 +15,7 @@ import msgspec
 
 from model.sampling_params import SamplingParams
 from serving.engine import pages as pages_module
-from serving.engine.loop import GangFailure
+from serving.engine.loop import GangBroken, GangFailure, Repair
 from serving.engine.pages import DUMMY_PAGE
 from serving.engine.plan import (
     NewSequence,
@@ -236,6 +236,23 @@ class FakeGang:
         else:
             self._finished.append(StepResult(plan.step, results))
 
+    def replace(self, dead: set[tuple[int, int]]) -> list[int]:
+        """Ranks (stage, column) died, others take their places; what was on its way is lost.
+
+        Returns the columns that have a rank with an empty cache now.
+        """
+        for queue in self._queues:
+            queue.clear()
+        self._finished.clear()
+        self._told.clear()
+        for stage, column in dead:
+            pages = self.limits.pages_per_column
+            self._ranks[stage][column] = _Rank(pages, self._page_tokens)
+        for ranks in self._ranks:
+            for rank in ranks:
+                rank.residents.clear()
+        return sorted({column for _, column in dead})
+
     def take_result(self) -> StepResult:
         """The oldest step's result, running what it still needs."""
         while not self._finished:
@@ -295,7 +312,9 @@ class AsyncFakeGang(FakeGang):
     def __init__(self, limits: EngineLimits, by_itself: bool = False) -> None:
         super().__init__(limits)
         self.by_itself = by_itself
+        self.broken = False
         self._results: asyncio.Queue[StepResult | Exception] = asyncio.Queue()
+        self._outcome: asyncio.Future[Repair] = asyncio.Future()  # of the repair to come
 
     @property
     def in_flight(self) -> int:
@@ -303,12 +322,17 @@ class AsyncFakeGang(FakeGang):
         return sum(map(len, self._queues))
 
     def submit(self, plan: StepPlan) -> None:
+        if self.broken:
+            self.plans.append(plan)  # and nobody hears of it
+            return
         super().submit(plan)
         if self.by_itself:
             asyncio.get_running_loop().call_soon(self.finish)
 
     def finish(self) -> None:
-        """The oldest step comes back."""
+        """The oldest step comes back, if there still is one."""
+        if not self.in_flight:
+            return
         try:
             self._results.put_nowait(self.take_result())
         except AssertionError as error:
@@ -317,8 +341,30 @@ class AsyncFakeGang(FakeGang):
     def fail(self, message: str) -> None:
         self._results.put_nowait(GangFailure(message))
 
+    def kill(self, dead: set[tuple[int, int]]) -> None:
+        """Ranks die; what has come back before still counts."""
+        self.broken = True
+        cells = [f"{stage}.{column}" for stage, column in sorted(dead)]
+        self._repair = Repair(1, cells, self.replace(dead))
+        self._results.put_nowait(GangBroken("a rank is gone"))
+
+    def mend(self) -> None:
+        """The gang is whole again."""
+        if not self._outcome.done():
+            self._outcome.set_result(self._repair)
+
+    def give_up(self, message: str) -> None:
+        """The repair fails."""
+        self._outcome.set_exception(GangFailure(message))
+
     async def result(self) -> StepResult:
         result = await self._results.get()
         if isinstance(result, Exception):
             raise result
         return result
+
+    async def repair(self) -> Repair:
+        repair = await self._outcome
+        self._outcome = asyncio.Future()
+        self.broken = False
+        return repair

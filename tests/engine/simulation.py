@@ -74,6 +74,7 @@ class Simulation:
         self.final_stats: dict[str, RequestStats] = {}
         self.live: list[str] = []
         self.cancellations = 0
+        self.kills = 0
 
     def add(self, *requests: Request) -> None:
         for request in requests:
@@ -125,6 +126,14 @@ class Simulation:
                 self.final_stats[output.request_id] = output.stats
         return outputs
 
+    def kill(self, dead: set[tuple[int, int]]) -> None:
+        """Ranks (stage, column) die and are replaced; every step that has not returned is lost."""
+        self.scheduler.restart(self.gang.replace(dead))
+        self.scheduler.check_integrity()
+        assert not self.scheduler.steps_in_flight
+        assert self.scheduler.stats().running == 0
+        self.kills += 1
+
     def step(self) -> None:
         """One step, alone in the pipeline."""
         assert self.launch()
@@ -133,7 +142,9 @@ class Simulation:
     def drain(self) -> None:
         """Runs with a full pipeline until nothing is left; fails if that takes forever."""
         positions = sum(len(r.prompt) + r.max_tokens for r in self.requests.values())
-        bound = len(self.gang.plans) + 2 * self.scheduler.limits.stages * (positions + 1)
+        bound = len(self.gang.plans) + (2 + self.kills) * self.scheduler.limits.stages * (
+            positions + 1
+        )
         while True:
             while self.launch():
                 pass

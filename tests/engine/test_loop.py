@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from serving.engine.loop import EngineLoop, GangFailure, StepTimes
+from serving.engine.loop import EngineLoop, GangFailure, Repair, StepTimes
 from serving.engine.plan import StepPlan, StepResult
 from serving.engine.request import Finish, FinishReason, Request, RequestError, TokenOutput
 from serving.engine.scheduler import EngineLimits, Scheduler
@@ -24,6 +24,7 @@ class Room:
         self.gang = AsyncFakeGang(limits, by_itself)
         self.batches: list[list[TokenOutput | Finish]] = []
         self.observed: list[tuple[int, int, float]] = []
+        self.repairs: list[str] = []
         self.loop = EngineLoop(
             self.scheduler, self.gang, self._emit, count(0.0, 0.5).__next__, observer=self
         )
@@ -34,6 +35,9 @@ class Room:
 
     def step_finished(self, plan: StepPlan, result: StepResult, times: StepTimes) -> None:
         self.observed.append((plan.step, result.step, times.seconds))
+
+    def gang_repaired(self, repair: Repair, seconds: float, sequences: int) -> None:
+        self.repairs.append(f"{','.join(repair.cells)} replaced, {sequences} start over")
 
     @property
     def last(self) -> dict[str, TokenOutput | Finish]:

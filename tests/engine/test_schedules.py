@@ -57,10 +57,16 @@ def random_request(id: str, random: Random, simulation: Simulation) -> Request:
     )
 
 
+def random_ranks(random: Random, limits: EngineLimits) -> set[tuple[int, int]]:
+    """Who dies at once: mostly one; none if the ranks have only lost each other."""
+    cells = [(stage, column) for stage in range(limits.stages) for column in range(limits.columns)]
+    return set(random.sample(cells, min(random.choice([0, 1, 1, 1, 2]), len(cells))))
+
+
 def run_schedule(random: Random) -> Simulation:
     simulation = Simulation(random_limits(random))
-    moves = ["add", "launch", "advance", "deliver", "cancel"]
-    weights = [random.random() * w for w in (3, 4, 6, 3, 0.5)]
+    moves = ["add", "launch", "advance", "deliver", "cancel", "kill"]
+    weights = [random.random() * w for w in (3, 4, 6, 3, 0.5, 0.2)]
     for move in random.choices(moves, weights, k=random.randint(20, 150)):
         if move == "add" and len(simulation.live) < 12:
             id = str(len(simulation.requests))
@@ -73,13 +79,15 @@ def run_schedule(random: Random) -> Simulation:
             simulation.deliver()
         elif move == "cancel" and simulation.live:
             simulation.cancel(random.choice(simulation.live))
+        elif move == "kill":
+            simulation.kill(random_ranks(random, simulation.scheduler.limits))
     simulation.drain()
     return simulation
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_every_schedule_gives_the_undisturbed_tokens(chunk: int) -> None:
-    preemptions = hits = cancelled_in_flight = 0
+    preemptions = hits = cancelled_in_flight = kills = 0
     for number in range(SCHEDULES_PER_CHUNK):
         name = f"{chunk}.{number}"
         try:
@@ -87,6 +95,7 @@ def test_every_schedule_gives_the_undisturbed_tokens(chunk: int) -> None:
             stats = simulation.scheduler.stats()
             preemptions += stats.preemptions
             hits += stats.prefix_hit_tokens
+            kills += simulation.kills
             cancelled_in_flight += sum(
                 bool(simulation.tokens[id])
                 for id, reason in simulation.reasons.items()
@@ -100,6 +109,7 @@ def test_every_schedule_gives_the_undisturbed_tokens(chunk: int) -> None:
     assert preemptions > SCHEDULES_PER_CHUNK // 2
     assert hits > SCHEDULES_PER_CHUNK
     assert cancelled_in_flight > SCHEDULES_PER_CHUNK // 20
+    assert kills > SCHEDULES_PER_CHUNK // 2
 
 
 class Engine(RuleBasedStateMachine):
@@ -174,6 +184,12 @@ class Engine(RuleBasedStateMachine):
     @rule()
     def deliver(self) -> None:
         self.simulation.deliver()
+
+    @rule(data=st.data())
+    def kill(self, data: st.DataObject) -> None:
+        limits = self.simulation.scheduler.limits
+        stage, column = st.integers(0, limits.stages - 1), st.integers(0, limits.columns - 1)
+        self.simulation.kill(data.draw(st.sets(st.tuples(stage, column), max_size=2)))
 
     def teardown(self) -> None:
         if hasattr(self, "simulation"):

@@ -3,23 +3,27 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from serving import wire
-from serving.engine.loop import GangFailure
+from serving.engine.loop import GangBroken
 from serving.engine.plan import RankPlan, RankResult, StepPlan
 from serving.gang.gang import Gang, GangStartError
+from serving.gang.members import Cell
 from serving.gang.messages import (
     GANG_CODEC,
     FormGang,
+    Gather,
     LoadProgress,
     RankFailed,
     RankHello,
+    RankOffer,
     RankReady,
     RankSpec,
 )
+from serving.gang.repair import GangBounds
 from serving.wire import Channel
 from tests.waiting import until
 
@@ -38,49 +42,74 @@ class TaskLauncher:
     """Ranks that speak the protocol and compute nothing; `fate` says how one of them fails."""
 
     fate: str = ""
+    launches: list[list[int]] = field(default_factory=list)  # stages, launch by launch
     channels: dict[int, Channel] = field(default_factory=dict)
     formed: list[FormGang] = field(default_factory=list)
     plans: list[tuple[int, RankPlan]] = field(default_factory=list)
+    deaf: set[int] = field(default_factory=set)  # stages that do not gather any more
     stopped: bool = False
-    _tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    _tasks: dict[int, asyncio.Task[None]] = field(default_factory=dict)
 
     async def launch(self, specs: list[RankSpec], secret: bytes) -> None:
-        self._tasks = [asyncio.create_task(self._live(each, secret)) for each in specs]
+        self.launches.append([each.stage for each in specs])
+        for each in specs:
+            if each.stage in self._tasks:
+                self._tasks[each.stage].cancel()
+            self._tasks[each.stage] = asyncio.create_task(self._live(each, secret))
 
-    async def watch(self) -> str:
-        if self.fate == "never starts":
-            return "rank process 1 ended with code 1"
-        await asyncio.Event().wait()
-        raise AssertionError
+    async def watch(self) -> tuple[Cell, str]:
+        if self.fate != "never starts":
+            await asyncio.Event().wait()
+        await asyncio.sleep(0.01)
+        return (0, 0), "rank process 1 ended with code 1"
 
     async def stop(self) -> None:
         self.stopped = True
-        for task in self._tasks:
+        for task in self._tasks.values():
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def _live(self, mine: RankSpec, secret: bytes) -> None:
         if self.fate == "never starts":
             return
+        if self.fate == "does not come back" and len(self.launches) > 1:
+            return
         channel = await wire.connect(HOST, mine.engine_port, secret, GANG_CODEC)
         self.channels[mine.stage] = channel
-        offer = {f"stage{mine.stage}": bytes([mine.stage])}
-        channel.send(RankHello(mine.stage, mine.rank, 1, f"metrics{mine.stage}", offer))
-        self.formed.append(await channel.receive())
-        channel.send(LoadProgress(mine.stage, mine.rank, 50, 100))
-        if mine.stage == 1 and self.fate == "bad checkpoint":
-            channel.send(RankFailed(1, 0, "shard 3 is truncated", user_error=True))
-        elif mine.stage == 1 and self.fate == "dies":
-            channel.abort()
-        elif mine.stage == 0 or self.fate != "hangs":
-            channel.send(RankReady(mine.stage, mine.rank, 0.1, 1000))
+        self.deaf.discard(mine.stage)
+        channel.send(RankHello(mine.stage, mine.rank, 1, f"metrics{mine.stage}"))
         while True:
-            self.plans.append((mine.stage, await channel.receive()))
+            await self._obey(mine, channel, await channel.receive())
+
+    async def _obey(self, mine: RankSpec, channel: Channel, order: object) -> None:
+        match order:
+            case Gather() if mine.stage not in self.deaf:
+                offer = {f"stage{mine.stage}": bytes([mine.stage, order.generation])}
+                channel.send(RankOffer(order.generation, offer))
+            case FormGang():
+                self.formed.append(order)
+                channel.send(LoadProgress(50, 100))
+                if mine.stage == 1 and self.fate == "bad checkpoint":
+                    channel.send(RankFailed("shard 3 is truncated", user_error=True))
+                elif mine.stage == 1 and self.fate == "dies":
+                    channel.abort()
+                elif mine.stage == 0 or self.fate != "hangs":
+                    channel.send(RankReady(order.generation))
+            case RankPlan():
+                self.plans.append((mine.stage, order))
+
+
+BOUNDS = GangBounds(
+    step_timeout_s=60, gather_timeout_s=60, respawn_timeout_s=60, repair_timeout_s=60,
+    repairs_per_hour=3,
+)  # fmt: skip
 
 
 @asynccontextmanager
-async def started(launcher: TaskLauncher, timeout_s: float = 5) -> AsyncIterator[Gang]:
-    gang = Gang(launcher, SECRET, 2, 1)
+async def started(
+    launcher: TaskLauncher, timeout_s: float = 30, **bounds: float
+) -> AsyncIterator[Gang]:
+    gang = Gang(launcher, SECRET, 2, 1, replace(BOUNDS, **bounds))
     port = await gang.listen(HOST)
     seen: list[tuple[int, int]] = []
     await gang.start(
@@ -105,7 +134,9 @@ def plan(step: int) -> StepPlan:
 async def test_all_ranks_get_everybodys_offers_and_then_the_plans() -> None:
     launcher = TaskLauncher()
     async with started(launcher) as gang:
-        assert [form.offers for form in launcher.formed] == [{"stage0": b"\0", "stage1": b"\1"}] * 2
+        assert [form.offers for form in launcher.formed] == [
+            {"stage0": b"\0\0", "stage1": b"\1\0"}
+        ] * 2
         assert gang.metrics_addresses == ["metrics0", "metrics1"]
         gang.submit(plan(1))
         await until(lambda: len(launcher.plans) == 2)
@@ -140,15 +171,15 @@ async def test_cancelling_a_wait_loses_no_step() -> None:
             assert got.step == step
 
 
-async def test_a_rank_that_dies_fails_the_gang_after_what_it_finished() -> None:
+async def test_a_rank_that_dies_breaks_the_gang_after_what_it_finished() -> None:
     launcher = TaskLauncher()
     async with started(launcher) as gang:
         finish(launcher, 1)
         await launcher.channels[1].close()
         assert (await gang.result()).step == 1
-        with pytest.raises(GangFailure, match=r"rank 1\.0 is gone"):
-            await asyncio.wait_for(gang.result(), 5)
-        gang.submit(plan(2))  # harmless: the failure has been told
+        with pytest.raises(GangBroken, match=r"rank 1\.0 is gone"):
+            await asyncio.wait_for(gang.result(), 30)
+        gang.submit(plan(2))  # harmless: the break has been told
 
 
 FATES = {
@@ -173,7 +204,7 @@ async def test_a_start_that_fails_says_why_and_stops_all_ranks(
 
 async def test_a_stranger_on_the_gangs_port_changes_nothing() -> None:
     launcher = TaskLauncher()
-    gang = Gang(launcher, SECRET, 2, 1)
+    gang = Gang(launcher, SECRET, 2, 1, BOUNDS)
     port = await gang.listen(HOST)
     _, writer = await asyncio.open_connection(HOST, port)
     writer.write(b"GET / HTTP/1.1\r\n\r\n")

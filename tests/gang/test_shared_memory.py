@@ -24,7 +24,7 @@ from serving.gang import shared_memory
 from serving.gang.fabric import Fabric, FabricError, GlooFabric
 from serving.gang.meeting import Meeting, host_identity, join
 from serving.gang.messages import RankSpec
-from serving.gang.resident import _Rendezvous
+from serving.gang.rendezvous import Rendezvous
 from serving.gang.shared_memory import SharedMemoryFabric
 from tests.gang.gloo import gloo_group, shared_memory_group, together
 
@@ -285,7 +285,7 @@ def test_a_segment_that_is_not_one_is_refused() -> None:
 def form(fabric: str, hosts: list[str]) -> list[type]:
     """The fabrics that two stages choose."""
     ranks = [
-        _Rendezvous(
+        Rendezvous(
             RankSpec(
                 stage, 0, 2, 1, "", "float32", "cpu", "gather", 8, 1, "", 0, host, 5, 5, "",
                 "INFO", fabric=fabric,

@@ -149,16 +149,6 @@ async def test_a_failure_before_the_end_of_a_whole_answer_is_a_500() -> None:
     assert response.status_code == 500
 
 
-async def test_an_engine_that_is_lost_ends_its_streams() -> None:
-    async with stack(SCRIPT) as it:
-        it.engine.hang_after = 3
-        asking = asyncio.create_task(it.http.post("/v1/completions", json=COMPLETION))
-        await until(lambda: len(it.engine.calls) == 1)
-        await it.engine.leave()
-        assert (await asyncio.wait_for(asking, 5)).status_code == 500
-        assert (await it.http.get("/readyz")).status_code == 503
-
-
 async def test_a_client_that_leaves_ends_the_engines_work() -> None:
     async with stack(SCRIPT) as it:
         it.engine.hang_after = 3

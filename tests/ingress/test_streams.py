@@ -76,7 +76,8 @@ async def test_a_client_that_leaves_a_stream_ends_the_engines_work(spec: str, ch
             it.engine.hang_after = 3
         endless = COMPLETION | {"ignore_eos": True, "max_tokens": 4000, "stream": True}
         client = Client(it, spec, endless | {"n": choices})
-        await until(lambda: len(client.chunks) > 0)
+        begun = "expertline_request_ttft_seconds_count"
+        await until(lambda: it.registry.get_sample_value(begun) == choices)
         client.gone.set()
         await asyncio.wait_for(client.served, 5)
         await until(lambda: len(it.engine.cancelled) == choices)
@@ -300,9 +301,9 @@ async def test_events_are_closed_when_nobody_reads_them_to_their_end() -> None:
     made: list[Any] = []
     original = EventStream.__init__
 
-    def init(self: EventStream, events: Any, owned: Any) -> None:
+    def init(self: EventStream, events: Any, *others: Any) -> None:
         made.append(events)
-        original(self, events, owned)
+        original(self, events, *others)
 
     async with stack(SCRIPT) as it:
         with pytest.MonkeyPatch.context() as patch:

@@ -19,6 +19,7 @@ from serving.fleet import (
     LeaseRefusal,
     LeaseRelease,
     LeaseRequest,
+    RouterBeat,
 )
 from serving.router.link import RouterLink
 from serving.router.router import Router
@@ -59,10 +60,10 @@ def ask(name: str, prompt: int = 400) -> LeaseRequest:
 
 
 async def answer(channel: Channel) -> Any:
-    """The next message that is not about the fleet."""
+    """The next message that is about a lease."""
     while True:
         message = await asyncio.wait_for(channel.receive(), 5)
-        if not isinstance(message, Fleet):
+        if not isinstance(message, Fleet | RouterBeat):
             return message
 
 

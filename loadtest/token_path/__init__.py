@@ -1,0 +1,5 @@
+"""What a token costs between the gang and the client, and how many streams one ingress holds.
+
+Everything but the gang is real: Serve, HAProxy, ingress, router, engine. A stub gang gives every
+running sequence a token at a set rate, so that no model stands in the way.
+"""
