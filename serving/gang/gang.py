@@ -144,4 +144,5 @@ class Gang:
             looks = looks + 1 if under_way and self._finished == seen else 0
             seen = self._finished
             if looks == _LOOKS:
+                looks = 0
                 self._members.tear(f"no step came back for {timeout_s:g} s")
