@@ -73,7 +73,7 @@ class Members:
         self.generation = -1
         self.started = False
         self.torn: str | None = None  # why the current generation can do no more steps
-        self.progress: Progress = lambda done, total: None
+        self.progress: Progress | None = None
 
     async def listen(self, host: str) -> int:
         """Opens the port that ranks connect to."""
@@ -118,6 +118,12 @@ class Members:
             offers |= rank.offers or {}
         self.torn = None
         self._tell_all(FormGang(self.generation, offers))
+
+    def _tell_progress(self) -> None:
+        """Passes on how much of all weights has been read, if anybody wants to know."""
+        if self.progress is not None:
+            here = self.here.values()
+            self.progress(sum(r.bytes_done for r in here), sum(r.bytes_total for r in here))
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Waits for a condition on the members.
@@ -204,8 +210,7 @@ class Members:
                 self.tear(f"rank {cell_name(cell)}: {message.message}")
             case LoadProgress():
                 rank.bytes_done, rank.bytes_total = message.bytes_done, message.bytes_total
-                here = self.here.values()
-                self.progress(sum(r.bytes_done for r in here), sum(r.bytes_total for r in here))
+                self._tell_progress()
             case RankFailed():
                 text = message.message
                 if not message.user_error:
