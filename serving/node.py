@@ -4,7 +4,7 @@ import math
 import time
 
 import ray
-from ray._raylet import GcsClient
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # a compiled module
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
