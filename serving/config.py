@@ -120,6 +120,12 @@ class EngineSettings(_Settings):
     repairs_per_hour: int = Field(
         6, ge=0, description="repairs of its gang; one more, and the whole replica starts anew"
     )
+    move_after_s: float = Field(
+        2.0,
+        ge=0,
+        description="requests of an engine that is under repair for so long go on with another "
+        "one, if one serves",
+    )
 
 
 class RouterSettings(_Settings):

@@ -47,6 +47,7 @@ class EngineStream:
         self.requests: set[str] = set()  # this ingress's own, running there now
         self.condition = Condition.SERVING
         self.missed = 0  # beats of the ingress since the engine was last heard
+        self.repairing = 0  # beats of the ingress since it is under repair
         self._ingress_id = ingress_id
         self._secret = secret
         self._deliver = deliver

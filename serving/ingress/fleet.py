@@ -151,11 +151,12 @@ class FleetClient:
         """
         for stream in list(self._streams.values()):
             stream.missed += 1
-            if self._silent(stream) and stream.connected:
-                if self.ready and stream.requests:
-                    self._requests_lost(stream.requests, "silent")
-                if stream.missed * BEAT_S > _GIVE_UP * self._silence_s:
-                    stream.abort()
+            under_repair = stream.condition is Condition.REPAIRING
+            stream.repairing = stream.repairing + 1 if under_repair else 0
+            if stream.requests and self.ready:
+                self._move_on(stream)
+            if stream.missed * BEAT_S > _GIVE_UP * self._silence_s:
+                stream.abort()
         self._place_pending()
         most = self._settings.ingress.max_unread_tokens
         stalled = [key for key, inbox in self._inboxes.items() if len(inbox.tokens) > most]
@@ -166,6 +167,13 @@ class FleetClient:
         while True:
             await asyncio.sleep(BEAT_S)
             self.tick()
+
+    def _move_on(self, stream: EngineStream) -> None:
+        """Another engine serves: nobody need wait for one that is silent or long under repair."""
+        if self._silent(stream):
+            self._requests_lost(stream.requests, "silent")
+        elif stream.repairing * BEAT_S > self._settings.engine.move_after_s:
+            self._requests_lost(stream.requests, "repair")
 
     def _silent(self, stream: EngineStream) -> bool:
         return stream.missed * BEAT_S > self._silence_s

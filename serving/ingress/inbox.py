@@ -11,7 +11,7 @@ class EngineLost(Exception):
     """An engine will not finish a request, through no fault of it; another one may.
 
     Args:
-        reason: one word, for metrics and logs: "lost", "silent", "failed" or "moved".
+        reason: one word, for metrics and logs: "lost", "silent", "failed", "repair" or "moved".
     """
 
     def __init__(self, reason: str) -> None:

@@ -38,7 +38,7 @@ Phase = Literal["queued", "prefill", "decode"]
 _ENDPOINTS: tuple[Endpoint, ...] = get_args(Endpoint)
 _PHASES: tuple[Phase, ...] = ("queued", "prefill", "decode")
 _REFUSALS = ("full", "deadline", "too_long")
-_LOSSES = ("lost", "silent", "failed", "moved")
+_LOSSES = ("lost", "silent", "failed", "repair", "moved")
 
 
 class Sampled(Protocol):
@@ -176,7 +176,7 @@ class IngressMetrics:
 
     def resumed(self, reason: str) -> None:
         """A generation goes on with another engine: its own was "lost" (the stream ended),
-        "silent", or "failed" the call; or it "moved" it."""
+        "silent" or long under "repair", or "failed" the call; or it "moved" it."""
         self._resumed[reason].inc()
 
     def given_up(self) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
@@ -13,6 +14,8 @@ from serving.fleet import (
     ROUTER_CODEC,
     STREAM_CODEC,
     Cancel,
+    Condition,
+    EngineBeat,
     EngineHello,
     LeaseRequest,
     StreamHello,
@@ -24,6 +27,8 @@ from serving.router.link import RouterLink
 from serving.wire import Channel, ChannelServer
 from tests.router.local import HOST, SECRET, LocalRouter, RouterHandle, new_router
 from tests.waiting import until
+
+SETTINGS = Settings.model_validate({"router": {"silence_s": 3600}})  # engines have no beat here
 
 
 class Engine:
@@ -47,6 +52,11 @@ class Engine:
         outputs[-1].finish = finish
         for channel in self.streams.values():
             channel.send(TokenFrame(tokens=outputs))
+
+    def turn(self, condition: Condition) -> None:
+        """Says what it is about from now on."""
+        for channel in self.streams.values():
+            channel.send(EngineBeat(condition))
 
     def cut(self) -> None:
         """The connections break; the engine lives."""
@@ -77,7 +87,7 @@ class World:
 
     async def start(self) -> None:
         await self.new_router()
-        self.client = FleetClient(self.handle, SECRET, "ingress", f"{HOST}:1", Settings())
+        self.client = FleetClient(self.handle, SECRET, "ingress", f"{HOST}:1", SETTINGS)
         await until(lambda: self.client._link.connected)
 
     @property
@@ -211,6 +221,49 @@ async def test_without_router_requests_spread_over_the_engines(world: World) -> 
     assert sorted(chosen) == ["a"] * 3 + ["b"] * 3 + ["c"] * 3
 
 
+async def test_without_router_engines_that_do_not_serve_are_passed_over(world: World) -> None:
+    a, b = await world.add("a"), await world.add("b")
+    await world.lose_router()
+    a.turn(Condition.DRAINING)
+    await until(lambda: world.client.serving == 1)
+    assert [await world.client.acquire(ask(f"r{i}")) for i in range(3)] == ["b"] * 3
+    b.turn(Condition.REPAIRING)
+    await until(lambda: world.client.serving == 0)
+    waiting = asyncio.create_task(world.client.acquire(ask("waits", deadline_s=60)))
+    await until(lambda: "waits" in world.client._pending)
+    world.client.tick()
+    assert not waiting.done()  # it will serve again
+    b.turn(Condition.STOPPING)
+    assert await waiting == "a"  # the last resort
+
+
+async def test_without_router_an_engine_to_be_avoided_is_taken_only_if_it_is_alone(
+    world: World,
+) -> None:
+    await world.add("a")
+    await world.lose_router()
+    assert await world.client.acquire(replace(ask("1"), avoid="a")) == "a"
+    await world.new_router()
+    await world.add("b")
+    await world.lose_router()
+    chosen = [await world.client.acquire(replace(ask(f"r{i}"), avoid="b")) for i in range(3)]
+    assert chosen == ["a"] * 3
+
+
+async def test_the_queue_is_bounded_without_a_router_too(world: World) -> None:
+    world.client._settings = Settings.model_validate({"router": {"queue_limit": 1}})
+    await world.lose_router()
+    waiting = [asyncio.create_task(world.client.acquire(ask(f"r{i}", deadline_s=60)))
+               for i in range(2)]  # fmt: skip
+    await until(lambda: len(world.client._pending) == 2)
+    with pytest.raises(ApiError) as full:
+        await world.client.acquire(ask("late"))
+    assert full.value.status == 429
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+
+
 async def test_who_waits_when_the_router_is_lost_is_spread_over_the_engines(world: World) -> None:
     for name in ("a", "b"):
         await world.add(name, tokens=150)
@@ -258,8 +311,10 @@ async def test_a_new_router_that_knows_no_engine_yet_cuts_no_stream(world: World
     assert world.client.max_request_tokens == 1000
     engine.say("r", 1, finish=FinishReason.STOP)
     assert await reads(inbox) == [1]
+    assert await asyncio.wait_for(world.client.acquire(ask("blind")), 30) == "e"
     engine.link = RouterLink(world.handle, SECRET, lambda: world.client._streams["e"].engine)
     await until(lambda: world.client._streams["e"].listed)
+    assert world.router.status()["leases"] == 1  # what was granted without it
     assert await world.client.acquire(ask("next")) == "e"
     assert engine.cancelled == []
 

@@ -176,6 +176,26 @@ async def test_a_silent_engine_loses_its_requests_to_another_one() -> None:
         await until(lambda: it.fleet.serving == 2)
 
 
+async def test_a_long_repair_is_waited_for_only_if_no_other_engine_serves() -> None:
+    async with stack(SCRIPT, engines=PAIR) as it:
+        it.fleet._watching.cancel()  # the test is its clock
+        asking, repaired = await cut(it, COMPLETION, 4)
+        other = survivor(it, repaired)
+        repaired.turn(Condition.REPAIRING)
+        other.turn(Condition.DRAINING)
+        await until(lambda: it.fleet.serving == 0)
+        for _ in range(20):
+            await beat(it)
+            await until(lambda: all(s.missed == 0 for s in it.fleet._streams.values()))
+        assert not other.calls
+        other.turn(Condition.SERVING)
+        await until(lambda: it.fleet.serving == 1)
+        await beat(it)
+        assert (await asyncio.wait_for(asking, 30)).json()["choices"][0]["text"] == TEXT
+        assert resumed(it, "repair") == 1
+        await until(lambda: repaired.cancelled == [repaired.calls[0].request_id])
+
+
 async def test_the_only_engine_is_waited_for_however_silent() -> None:
     async with stack(SCRIPT) as it:
         it.fleet._watching.cancel()  # the test is its clock

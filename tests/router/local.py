@@ -33,7 +33,11 @@ class NoExporter:
 
 
 async def new_router(**router: object) -> LocalRouter:
-    """A router with these settings of its own; whoever makes it closes it."""
+    """A router with these settings of its own; whoever makes it closes it.
+
+    Engines of a test need no beat, unless it sets how long they may be silent.
+    """
+    router = {"silence_s": 3600} | router
     settings = Settings.model_validate({"internal_host": HOST, "router": router})
     made = LocalRouter.__new__(LocalRouter)
     with patch.object(module, "MetricsExporter", NoExporter):

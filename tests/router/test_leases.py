@@ -1,10 +1,12 @@
 """Leases: who gets which engine, and that nothing reserved is ever lost."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.fleet import EngineHello, LeaseRequest
+from serving.fleet import Condition, EngineHello, LeaseRequest
 from serving.router.leases import LeaseBook, NeverFits
 from serving.router.prefix_index import PrefixIndex
 
@@ -195,3 +197,57 @@ def test_only_leading_pages_count() -> None:
     index.record([b"3"], "b")
     assert index.hits([b"1", b"x", b"3"]) == {"a": 1}
     assert index.hits([b"1", b"2", b"3"]) == {"a": 2, "b": 3}
+
+
+def test_engines_that_do_not_serve_are_passed_over_even_when_they_are_empty() -> None:
+    for condition in (Condition.REPAIRING, Condition.DRAINING, Condition.STOPPING):
+        made = book("a", "b")
+        made.engines["a"].condition = condition
+        assert [engine_of(made, ask(str(i))) for i in range(3)] == ["b"] * 3
+    made.engines["a"].condition, made.engines["a"].silent = Condition.SERVING, True
+    assert engine_of(made, ask("4")) == "b"
+
+
+@pytest.mark.parametrize(
+    ("conditions", "chosen"),
+    [
+        ((Condition.REPAIRING, Condition.DRAINING), None),  # it will serve again: worth the wait
+        ((Condition.STOPPING, Condition.DRAINING), "b"),
+        ((Condition.STOPPING, Condition.STOPPING), None),
+    ],
+)
+def test_with_nobody_serving_who_drains_is_the_last_resort(
+    conditions: tuple[Condition, Condition], chosen: str | None
+) -> None:
+    made = book("a", "b")
+    made.engines["a"].condition, made.engines["b"].condition = conditions
+    assert engine_of(made, ask("1")) == chosen
+
+
+def test_an_engine_to_be_avoided_is_taken_only_if_no_other_has_room() -> None:
+    made = book("a", "b", tokens=500, longest=400)
+    avoiding = replace(ask("1", prompt=300), avoid="a")
+    assert engine_of(made, avoiding) == "b"
+    assert engine_of(made, replace(avoiding, request_id="2")) == "a"
+    made.engines["a"].condition = Condition.DRAINING
+    made.release("2")
+    assert engine_of(made, replace(avoiding, request_id="2")) is None
+
+
+def test_what_runs_already_is_counted_when_its_engine_joins_later() -> None:
+    made = book("a", tokens=500, longest=400)
+    made.hold(ask("1", prompt=300), "ingress", "b")
+    made.hold(ask("2", prompt=300), "ingress", "a")
+    assert engine_of(made, ask("3", prompt=300)) is None
+    made.join(EngineHello("b", "127.0.0.1", 1, "nano", 500, 400, []))
+    assert made.engines["b"].reserved_tokens == 350
+    assert engine_of(made, ask("3", prompt=300)) is None
+    made.release("1")
+    assert engine_of(made, ask("3", prompt=300)) == "b"
+
+
+def test_what_runs_already_draws_its_next_turn_to_its_engine() -> None:
+    made = book("a", "b")
+    made.hold(ask("1", pages=4), "ingress", "b")
+    made.release("1")
+    assert engine_of(made, ask("2", pages=4)) == "b"

@@ -9,13 +9,18 @@ from typing import Any
 import pytest
 
 from serving import wire
+from serving.engine.request import EngineStats
 from serving.fleet import (
+    BEAT_S,
     ROUTER_CODEC,
+    Condition,
     EngineHello,
     EngineLoading,
+    EngineReport,
     Fleet,
     IngressHello,
     LeaseGrant,
+    LeaseHeld,
     LeaseRefusal,
     LeaseRelease,
     LeaseRequest,
@@ -53,6 +58,10 @@ async def dial(router: Router, hello: Any) -> Channel:
 
 def engine(name: str = "e", tokens: int = 1000) -> EngineHello:
     return EngineHello(name, HOST, 9, "nano", tokens, tokens, ["127.0.0.1:1"])
+
+
+def report(condition: Condition = Condition.SERVING) -> EngineReport:
+    return EngineReport(EngineStats(0, 0, 16, [], 0, 0, 0), condition)
 
 
 def ask(name: str, prompt: int = 400) -> LeaseRequest:
@@ -268,3 +277,90 @@ async def test_a_link_finds_the_next_router_when_one_is_lost() -> None:
         await until(lambda: not link.connected)
         assert len(lost) == rounds
     await link.close()
+
+
+async def test_requests_wait_for_an_engine_under_repair(router: Router) -> None:
+    ingress = await dial(router, IngressHello("i", ""))
+    repaired = await dial(router, engine())
+    repaired.send(report(Condition.REPAIRING))
+    await fleet(ingress, {"e"})
+    await until(lambda: not router._book.engines["e"].serving)
+    ingress.send(ask("1"))
+    await until(lambda: router.status()["queued"] == 1)
+    repaired.send(report())
+    assert await answer(ingress) == LeaseGrant("1", "e", 500)
+
+
+async def test_an_engine_that_says_nothing_gets_nothing_until_it_speaks() -> None:
+    async with local_router(silence_s=1.0, queue_timeout_s=60) as router:
+        ingress = await dial(router, IngressHello("i", ""))
+        silent = await dial(router, engine())
+        await fleet(ingress, {"e"})
+        await until(lambda: router._book.engines["e"].silent, 30)
+        ingress.send(ask("1"))
+        await until(lambda: router.status()["queued"] == 1)
+        silent.send(report())
+        assert await answer(ingress) == LeaseGrant("1", "e", 500)
+
+
+async def test_a_router_says_that_it_is_there(router: Router) -> None:
+    for hello in (IngressHello("i", ""), engine(), EngineLoading("l", 0, 0)):
+        channel = await dial(router, hello)
+        message = None
+        while not isinstance(message, RouterBeat):
+            message = await asyncio.wait_for(channel.receive(), 30)
+
+
+async def test_a_request_that_another_engine_began_is_not_turned_away_and_goes_first() -> None:
+    async with local_router(queue_limit=1, queue_timeout_s=60) as router:
+        ingress = await dial(router, IngressHello("i", ""))
+        ingress.send(ask("new"))
+        ingress.send(replace(ask("continued"), continued=True, priority=5))
+        await until(lambda: router.status()["queued"] == 2)
+        ingress.send(ask("newer"))
+        refusal = await answer(ingress)
+        assert (refusal.request_id, refusal.status) == ("newer", 429)
+        await dial(router, engine(tokens=600))
+        assert await answer(ingress) == LeaseGrant("continued", "e", 500)
+        ingress.send(LeaseRelease("continued"))
+        assert await answer(ingress) == LeaseGrant("new", "e", 500)
+
+
+async def test_a_new_router_learns_what_runs_where(router: Router) -> None:
+    ingress = await dial(router, IngressHello("i", ""))
+    ingress.send(LeaseHeld(ask("running"), "e"))
+    ingress.send(ask("queued"))
+    ingress.send(LeaseHeld(ask("queued"), "e"))  # placed without waiting for the answer
+    await until(lambda: router.status()["leases"] == 2)
+    assert router.status()["queued"] == 0
+    await dial(router, engine(tokens=1000))
+    await until(lambda: bool(router._book.engines))
+    assert router._book.engines["e"].reserved_tokens == 1000
+    ingress.abort()
+    await until(lambda: router._book.engines["e"].reserved_tokens == 0)
+
+
+async def test_a_link_gives_up_a_router_that_says_nothing() -> None:
+    heard: list[str] = []
+
+    async def mute(channel: Channel) -> None:
+        await channel.receive()
+        heard.append("hello")
+        await asyncio.Event().wait()
+
+    server = wire.ChannelServer(SECRET, ROUTER_CODEC, mute)
+    port = await server.start(HOST)
+
+    class Handle:
+        address = property(lambda self: self)
+
+        async def remote(self) -> tuple[str, int]:
+            return HOST, port
+
+    lost: list[int] = []
+    link = RouterLink(Handle(), SECRET, engine, lost=lambda: lost.append(1), silence_s=2 * BEAT_S)
+    await until(lambda: link.connected)
+    await until(lambda: bool(lost), 30)
+    await until(lambda: len(heard) == 2, 30)  # and it tries again
+    await link.close()
+    await server.close()
