@@ -50,7 +50,7 @@ class Gang:
         Raises:
             GangStartError: a rank failed or did not get ready in time; the gang is stopped.
         """
-        self._members.progress = progress
+        self._members.progress = progress or self._members.progress
         by_cell = {(spec.stage, spec.rank): spec for spec in specs}
         self._forming = Forming(self._members, self._launcher, self._secret, self._bounds, by_cell)
         self._watches.append(asyncio.create_task(self._watch_launcher(), name="gang-watch"))
@@ -62,7 +62,6 @@ class Gang:
         finally:
             if not self._members.started:
                 await self.stop()
-        self._members.progress = None  # what a repair loads is no start
         self._watches.append(asyncio.create_task(self._watch_steps(), name="gang-watchdog"))
 
     @property
@@ -145,4 +144,5 @@ class Gang:
             looks = looks + 1 if under_way and self._finished == seen else 0
             seen = self._finished
             if looks == _LOOKS:
+                looks = 0
                 self._members.tear(f"no step came back for {timeout_s:g} s")

@@ -73,7 +73,7 @@ class Members:
         self.generation = -1
         self.started = False
         self.torn: str | None = None  # why the current generation can do no more steps
-        self.progress: Progress | None = None
+        self.progress: Progress = lambda done, total: None  # of the start
 
     async def listen(self, host: str) -> int:
         """Opens the port that ranks connect to."""
@@ -119,12 +119,6 @@ class Members:
         self.torn = None
         self._tell_all(FormGang(self.generation, offers))
 
-    def _tell_progress(self) -> None:
-        """Passes on how much of all weights has been read, if anybody wants to know."""
-        if self.progress is not None:
-            here = self.here.values()
-            self.progress(sum(r.bytes_done for r in here), sum(r.bytes_total for r in here))
-
     async def until(self, condition: Callable[[], bool]) -> None:
         """Waits for a condition on the members.
 
@@ -145,6 +139,7 @@ class Members:
         """The gang is at its end; the first reason counts."""
         if self._failure is None:
             self._failure = failure
+            self.torn = None
             self.wake()
 
     def lose(self, cell: Cell, reason: str, user_error: bool = False) -> None:
@@ -169,6 +164,10 @@ class Members:
             log.event("WARNING", "gang.broken", reason=reason, cell=cell)
             self.torn = reason
             self.wake()
+
+    def _report_progress(self) -> None:
+        here = self.here.values()
+        self.progress(sum(rank.bytes_done for rank in here), sum(rank.bytes_total for rank in here))
 
     def _tell_all(self, message: Gather | FormGang) -> None:
         frame = GANG_CODEC.frame(message)
@@ -210,7 +209,8 @@ class Members:
                 self.tear(f"rank {cell_name(cell)}: {message.message}")
             case LoadProgress():
                 rank.bytes_done, rank.bytes_total = message.bytes_done, message.bytes_total
-                self._tell_progress()
+                if not self.started:
+                    self._report_progress()
             case RankFailed():
                 text = message.message
                 if not message.user_error:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from serving import wire
-from serving.engine.loop import GangBroken
+from serving.engine.loop import GangBroken, GangFailure, Repair
 from serving.engine.plan import RankPlan, RankResult, StepPlan
 from serving.gang.gang import Gang, GangStartError
 from serving.gang.members import Cell
@@ -16,6 +16,7 @@ from serving.gang.messages import (
     GANG_CODEC,
     FormGang,
     Gather,
+    GroupBroken,
     LoadProgress,
     RankFailed,
     RankHello,
@@ -23,7 +24,7 @@ from serving.gang.messages import (
     RankReady,
     RankSpec,
 )
-from serving.gang.repair import GangBounds
+from serving.gang.repair import GangBounds, RepairBudget
 from serving.wire import Channel
 from tests.waiting import until
 
@@ -91,7 +92,8 @@ class TaskLauncher:
                 channel.send(LoadProgress(50, 100))
                 if mine.stage == 1 and self.fate == "bad checkpoint":
                     channel.send(RankFailed("shard 3 is truncated", user_error=True))
-                elif mine.stage == 1 and self.fate == "dies":
+                elif mine.stage == 1 and self.fate in ("dies", "dies once it is back"):
+                    self.fate = "dies" if self.fate == "dies" else ""
                     channel.abort()
                 elif mine.stage == 0 or self.fate != "hangs":
                     channel.send(RankReady(order.generation))
@@ -122,6 +124,7 @@ async def started(
         assert len(seen) == told, "a repair told how far a start is"
     finally:
         await gang.stop()
+    assert len(seen) == 2  # repairs are no part of the start's progress
 
 
 def finish(launcher: TaskLauncher, step: int) -> None:
@@ -202,6 +205,156 @@ async def test_a_start_that_fails_says_why_and_stops_all_ranks(
             raise AssertionError("it must not start")
     assert caught.value.user_error is user_error
     assert launcher.stopped
+
+
+async def kill(launcher: TaskLauncher, gang: Gang, stage: int) -> None:
+    """A rank dies, and the gang is known to be broken."""
+    launcher.channels[stage].abort()
+    with pytest.raises(GangBroken):
+        await asyncio.wait_for(gang.result(), 30)
+
+
+async def test_a_repair_replaces_the_dead_rank_and_all_meet_in_a_new_generation() -> None:
+    launcher = TaskLauncher()
+    async with started(launcher) as gang:
+        gang.submit(plan(1))
+        launcher.channels[0].send(RankResult(1, 0, 0))  # half of step 1
+        await kill(launcher, gang, 1)
+        assert await gang.repair() == Repair(1, ["1.0"], [0])
+        assert launcher.launches == [[0, 1], [1]]
+        offers = {"stage0": b"\0\1", "stage1": b"\1\1"}
+        assert launcher.formed[2:] == [FormGang(1, offers)] * 2
+        gang.submit(plan(2))
+        await until(lambda: [p.step for _, p in launcher.plans[-2:]] == [2, 2])
+        finish(launcher, 2)
+        assert (await asyncio.wait_for(gang.result(), 30)).step == 2
+
+
+async def test_what_a_rank_says_of_an_older_generation_counts_no_more() -> None:
+    launcher = TaskLauncher()
+    async with started(launcher) as gang:
+        gang.submit(plan(1))
+        await kill(launcher, gang, 1)
+        launcher.channels[0].send(RankResult(1, 0, 0))  # before it hears of the new generation
+        launcher.channels[0].send(GroupBroken(0, "a peer is gone"))
+        await gang.repair()
+        launcher.channels[0].send(GroupBroken(0, "a peer is gone"))
+        gang.submit(plan(2))
+        finish(launcher, 2)
+        result = await asyncio.wait_for(gang.result(), 30)
+        assert [part.step for part in result.ranks] == [2, 2]
+
+
+async def test_a_group_that_breaks_without_a_death_forms_anew_with_the_same_ranks() -> None:
+    launcher = TaskLauncher()
+    async with started(launcher) as gang:
+        launcher.channels[0].send(GroupBroken(0, "the link is down"))
+        with pytest.raises(GangBroken, match=r"rank 0\.0: the link is down"):
+            await asyncio.wait_for(gang.result(), 30)
+        assert await gang.repair() == Repair(1, [], [])
+        assert launcher.launches == [[0, 1]]
+
+
+async def test_a_rank_that_does_not_answer_is_replaced() -> None:
+    launcher = TaskLauncher()
+    async with started(launcher, gather_timeout_s=0.2) as gang:
+        launcher.deaf.add(0)
+        await kill(launcher, gang, 1)
+        assert (await gang.repair()).cells == ["0.0", "1.0"]
+        assert launcher.launches == [[0, 1], [1], [0]]
+
+
+async def test_a_step_that_does_not_come_back_breaks_the_gang() -> None:
+    launcher = TaskLauncher()
+    async with started(launcher, step_timeout_s=0.4) as gang:
+        with pytest.raises(TimeoutError):  # no step is under way
+            await asyncio.wait_for(gang.result(), 1)
+        gang.submit(plan(1))
+        launcher.channels[0].send(RankResult(1, 0, 0))
+        with pytest.raises(GangBroken, match=r"no step came back for 0\.4 s"):
+            await asyncio.wait_for(gang.result(), 30)
+        await gang.repair()
+        gang.submit(plan(2))
+        with pytest.raises(GangBroken, match="no step came back"):
+            await asyncio.wait_for(gang.result(), 30)
+
+
+async def test_a_second_death_while_the_groups_form_starts_the_repair_again() -> None:
+    launcher = TaskLauncher()
+    async with started(launcher) as gang:
+        launcher.fate = "dies once it is back"
+        await kill(launcher, gang, 1)
+        assert await gang.repair() == Repair(2, ["1.0"], [0])
+        assert launcher.launches == [[0, 1], [1], [1]]
+
+
+async def test_a_rank_that_dies_at_every_repair_ends_the_gang() -> None:
+    launcher = TaskLauncher()
+    async with started(launcher) as gang:
+        launcher.fate = "dies"
+        await kill(launcher, gang, 1)
+        with pytest.raises(GangFailure, match="more than 3 times"):
+            await asyncio.wait_for(gang.repair(), 30)
+        with pytest.raises(GangFailure, match="more than 3 times"):
+            await gang.result()
+
+
+async def test_a_rank_that_never_comes_back_ends_the_gang() -> None:
+    launcher = TaskLauncher()
+    async with started(launcher, respawn_timeout_s=0.2) as gang:
+        launcher.fate = "does not come back"
+        await kill(launcher, gang, 1)
+        with pytest.raises(GangFailure, match=r"rank 1\.0 did not come back in 0\.2 s"):
+            await asyncio.wait_for(gang.repair(), 30)
+
+
+async def test_a_repair_has_an_end() -> None:
+    launcher = TaskLauncher()
+    async with started(launcher, repair_timeout_s=0.2) as gang:
+        launcher.fate = "hangs"
+        await kill(launcher, gang, 1)
+        with pytest.raises(GangFailure, match=r"not whole again after 0\.2 s"):
+            await asyncio.wait_for(gang.repair(), 30)
+
+
+async def test_a_checkpoint_that_went_bad_is_not_tried_again() -> None:
+    launcher = TaskLauncher()
+    async with started(launcher) as gang:
+        launcher.fate = "bad checkpoint"
+        await kill(launcher, gang, 1)
+        with pytest.raises(GangFailure, match="shard 3 is truncated"):
+            await asyncio.wait_for(gang.repair(), 30)
+
+
+def test_repairs_are_counted_for_an_hour() -> None:
+    now = 0.0
+    budget = RepairBudget(2, lambda: now)
+    budget.spend()
+    now = 1800.0
+    budget.spend()
+    now = 3599.0
+    with pytest.raises(GangFailure, match="more than 2 times in an hour"):
+        budget.spend()
+    now = 3600.0
+    budget.spend()
+
+
+GARBAGE = {
+    "an unknown kind": b"\x03\0\0\0\xff\x01\x02",
+    "no message": b"\x05\0\0\0\x06\xc1\xc1\xc1\xc1",
+    "a frame too long": b"\xff\xff\xff\xff\x00",
+}
+
+
+@pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE)
+async def test_a_rank_that_sends_garbage_is_replaced_and_the_others_stay(garbage: bytes) -> None:
+    launcher = TaskLauncher()
+    async with started(launcher) as gang:
+        launcher.channels[1].send_frame(garbage)
+        with pytest.raises(GangBroken, match=r"rank 1\.0 is gone"):
+            await asyncio.wait_for(gang.result(), 30)
+        assert (await gang.repair()).cells == ["1.0"]
+        assert launcher.launches == [[0, 1], [1]]
 
 
 async def test_a_stranger_on_the_gangs_port_changes_nothing() -> None:
