@@ -46,8 +46,8 @@ def drain_node(node: str, timeout_s: float, console: Console) -> None:
         OperationError: Ray refused, or an engine did not leave in time.
     """
     import ray
-    from ray._raylet import GcsClient
-    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # a compiled module
+    from ray.core.generated import autoscaler_pb2
 
     with _engines() as handle:
         nodes = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"]}
@@ -58,7 +58,7 @@ def drain_node(node: str, timeout_s: float, console: Console) -> None:
         engines = {engine for engine, on in _locations(handle).items() if found[0] in on}
         gcs = GcsClient(address=ray.get_runtime_context().gcs_address)
         deadline_ms = round((time.time() + timeout_s) * 1000)
-        reason = DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
         accepted, why = gcs.drain_node(found[0], reason, "expertline drain", deadline_ms)
         if not accepted:
             raise OperationError(f"node {node} does not drain: {why}")

@@ -46,7 +46,7 @@ SETTINGS = {
         "expert_parallel": 2,
         "cache_tokens": 4096,
         "device": "cpu",
-        "cpus": 1.0,  # two ranks to a node
+        "cpus": 1.4,  # of three: two ranks to a node
         "step_timeout_s": 5.0,
     },
     "ingress": {"host": "0.0.0.0", "port": PORT},
@@ -89,7 +89,7 @@ def fleet() -> Iterator[Fleet]:
     with tempfile.TemporaryDirectory(prefix="xl", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         environment = serve_environment(folder, longest_stream_s=600)
-        specs = [NodeSpec(cpus=0), *(NodeSpec(cpus=2, gpus=2) for _ in range(3))]
+        specs = [NodeSpec(cpus=0), *(NodeSpec(cpus=3) for _ in range(3))]
         store = partial(redis_store, folder=folder) if NO_REDIS is None else None
         with node_cluster(specs, folder, environment, store) as cluster:
             (folder / "settings.yaml").write_text(yaml.safe_dump(SETTINGS))
@@ -116,7 +116,7 @@ def _wait_ready(up: subprocess.Popen[bytes], log: Path) -> None:
 async def test_a_stage_stays_inside_a_node_and_stages_lie_on_several(fleet: Fleet) -> None:
     assert await fleet.answer(SHORT) == expected_text(PROMPT, SHORT)
     where: dict[str, set[str]] = {}
-    for labels, _ in fleet.metric("expertline_stage_compute_seconds_count"):
+    for labels, _ in fleet.metric("expertline_stage_compute_seconds_total"):
         where.setdefault(labels["stage"], set()).add(labels["instance"].rsplit(":", 1)[0])
     assert sorted(where) == ["0", "1"]
     assert [len(hosts) for hosts in where.values()] == [1, 1]
