@@ -1,7 +1,8 @@
 """A server under test on several nodes of one machine, each a network namespace.
 
 The head holds control and no model; engines and ranks lie on the others, which are what is hurt.
-Clients reach the head's proxy; where the head itself is hurt, that of another node.
+Clients reach the head's proxy, and commands run there; where the head itself is hurt, on another
+node.
 """
 
 import tempfile
@@ -69,9 +70,9 @@ async def _served(cluster: NodeCluster, layout: Layout, folder: Path) -> NodeSer
     del settings["internal_host"]  # each node's own
     write_settings(config, settings)
     command = [*PROGRAM, "up", "--config", str(config)]
-    process = cluster.spawn(cluster.head, command, log, RAY_ADDRESS=cluster.address)
-    await ready(process, log)
     front = cluster.nodes[1] if layout.redis else cluster.head
+    process = cluster.spawn(front, command, log, RAY_ADDRESS=cluster.address)
+    await ready(process, log)
     return NodeServer(
         url=f"http://{front.address}:{_PORT}",
         mark=f"{MARK}={folder}",
@@ -80,6 +81,6 @@ async def _served(cluster: NodeCluster, layout: Layout, folder: Path) -> NodeSer
         log=log,
         layout=layout,
         variables={**cluster.environment, "RAY_ADDRESS": cluster.address},
-        prefix=("ip", "netns", "exec", cluster.head.name),
+        prefix=("ip", "netns", "exec", front.name),
         cluster=cluster,
     )

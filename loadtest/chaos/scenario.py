@@ -16,6 +16,11 @@ class Scenario(ABC):
     share: ClassVar[float] = 0.4  # of the server's tokens in a second
     faults: ClassVar[int] = 10
     quick_faults: ClassVar[int] = 2
+    quick_layout: ClassVar[Layout | None] = None  # the same, if it is as good for a quick look
+
+    def laid_out(self, quick: bool) -> Layout:
+        """How its server is cut."""
+        return self.quick_layout or self.layout if quick else self.layout
 
     def refusal(self) -> str | None:
         """Why it cannot be run on this machine; None if it can."""

@@ -64,8 +64,8 @@ class Suite:
         """All of them, those of one layout on one server as long as it is unhurt."""
         waiting = list(scenarios)
         while waiting:
-            layout = waiting[0].layout
-            group = [scenario for scenario in waiting if scenario.layout == layout]
+            layout = waiting[0].laid_out(self.plan.quick)
+            group = [s for s in waiting if s.laid_out(self.plan.quick) == layout]
             done = await self._group(layout, group)
             waiting = [scenario for scenario in waiting if scenario not in done]
 

@@ -14,7 +14,8 @@ class EngineKill(Scenario):
     """Two replicas, one of which is killed again and again."""
 
     name = "engine-kill"
-    layout = Layout(engines=2)
+    layout = Layout(stages=2, ranks=2, engines=2)
+    quick_layout = Layout(engines=2)
     share = 0.3
 
     async def play(self, arena: Arena) -> None:

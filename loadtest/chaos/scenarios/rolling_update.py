@@ -12,9 +12,10 @@ class RollingUpdate(Scenario):
     """Two engines, so that one serves while the other is replaced."""
 
     name = "rolling-update"
-    layout = Layout(engines=2)
+    layout = Layout(stages=2, ranks=2, engines=2)
+    quick_layout = Layout(engines=2)
     share = 0.3
-    faults = 3
+    faults = 2
     quick_faults = 1
 
     async def play(self, arena: Arena) -> None:
