@@ -58,7 +58,7 @@ def drain_node(node: str, timeout_s: float, console: Console) -> None:
         engines = {engine for engine, on in _locations(handle).items() if found[0] in on}
         gcs = GcsClient(address=ray.get_runtime_context().gcs_address)
         deadline_ms = round((time.time() + timeout_s) * 1000)
-        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        reason = autoscaler_pb2.DRAIN_NODE_REASON_PREEMPTION  # type: ignore[attr-defined]
         accepted, why = gcs.drain_node(found[0], reason, "expertline drain", deadline_ms)
         if not accepted:
             raise OperationError(f"node {node} does not drain: {why}")
