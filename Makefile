@@ -4,12 +4,12 @@ PORT ?= 8000
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: serve test test-clients lint bench bench-peers clean
+.PHONY: serve test test-clients lint bench bench-peers chaos clean
 
 serve: $(READY)
 	$(BIN)/expertline up --model nano --stages 2 --expert-parallel 2 --port $(PORT)
 
-test: $(READY) chromium
+test: $(READY) chromium redis
 	$(BIN)/pytest
 
 # Other people's clients, each in an environment of its own under .clients/.
@@ -32,6 +32,11 @@ bench: $(READY)
 bench-peers: $(READY)
 	$(BIN)/python -m loadtest.peers
 
+# Faults under load, every answer compared with the undisturbed one; about 20 minutes. As root on
+# Linux also several nodes, in network namespaces.
+chaos: $(READY) redis
+	$(BIN)/python -m loadtest.chaos
+
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
@@ -46,6 +51,16 @@ chromium:
 		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } \
 			|| echo "chromium could not be installed: its tests will be skipped"; \
 	else echo "chromium is not on PATH (Debian: apt-get install chromium): its tests will be skipped"; \
+	fi
+
+# The store of a cluster whose head dies; without it that scenario and its test are skipped.
+.PHONY: redis
+redis:
+	@if command -v redis-server >/dev/null; then exit 0; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends redis-server; } \
+			|| echo "redis-server could not be installed: the loss of a head is skipped"; \
+	else echo "redis-server is not on PATH (Debian: apt-get install redis-server): skipped"; \
 	fi
 
 clean:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from typer.exceptions import TyperException
 
-from deploy.errors import StartError, UsageError
+from deploy.errors import OperationError, StartError, UsageError
 
 app = typer.Typer(
     help="Serve DeepSeek-Coder-V2 on the GPU nodes you have.",
@@ -38,12 +38,12 @@ ConfigOption = Annotated[Path | None, typer.Option("--config", help="settings as
 
 
 def main() -> None:
-    """Entry point: user errors end with code 2 and one line, failed starts with 1."""
+    """Entry point: user errors end with code 2 and one line, what failed with 1."""
     try:
         app(standalone_mode=False)
     except UsageError as error:
         _end(str(error), 2)
-    except StartError as error:
+    except (StartError, OperationError) as error:
         _end(str(error), 1)
     except typer.Exit as ending:
         sys.exit(ending.exit_code)
@@ -78,6 +78,9 @@ def up(
     config: ConfigOption = None,
 ) -> None:
     """Serve a model until Ctrl-C: a local Ray, or the cluster that RAY_ADDRESS names."""
+    from deploy.local_ray import check_address
+
+    check_address()  # before what takes long to import
     from deploy.preflight import load_settings
     from deploy.up import up as run
 
@@ -101,6 +104,23 @@ def up(
         "ingress": {"host": host, "port": port, "api_keys_file": api_keys_file},
     }
     run(load_settings(config, flags), _console)
+
+
+@app.command()
+def drain(
+    engine: Annotated[str | None, typer.Option(help="id of an engine, or its beginning")] = None,
+    node: Annotated[str | None, typer.Option(help="address of a node, or its id")] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="seconds to wait for the end")] = 120.0,
+) -> None:
+    """Make an engine, or a whole node, leave without a request being lost; Serve replaces it."""
+    from deploy.drain import drain_engine, drain_node
+
+    if (engine is None) == (node is None):
+        raise UsageError("give either --engine or --node")
+    if engine is not None:
+        drain_engine(engine, timeout, _console)
+    elif node is not None:
+        drain_node(node, timeout, _console)
 
 
 @app.command()

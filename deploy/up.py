@@ -1,9 +1,15 @@
-"""`expertline up`: serve a model in the foreground until Ctrl-C."""
+"""`expertline up`: serve a model in the foreground until Ctrl-C.
+
+The first signal lets what runs come to its end, for as long as an engine may take to leave; a
+second one stops at once.
+"""
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -35,20 +41,23 @@ def up(settings: Settings, console: Console, build: Build | None = None) -> None
     """
     check_model(settings)
     check_port(settings.ingress.host, settings.ingress.port)
-    with _stop_signal() as stopped, local_ray() as own:
+    with _signals() as signals, local_ray(settings.ingress.longest_stream_s) as own:
         from ray import serve
 
         if own and settings.internal_host is None:
             settings = settings.model_copy(update={"internal_host": LOOPBACK})
 
         try:
-            status = _start(settings, stopped, console, build)
+            status = _start(settings, signals.first, console, build)
             if status is not None:
                 console.print(ready_line(settings, status), highlight=False, soft_wrap=True)
-                _wait(stopped)
+                _wait(signals.first)
+                console.print("finishing what runs; once more stops at once", style="dim")
+                _finish(settings, signals.second)
         finally:
             console.print("stopping", style="dim")
-            serve.shutdown()
+            if not (own and signals.second.is_set()):  # our own cluster ends with us
+                serve.shutdown()
 
 
 def ready_line(settings: Settings, status: dict[str, Any]) -> str:
@@ -137,17 +146,38 @@ def _wait(stopped: threading.Event) -> None:
         continue
 
 
+def _finish(settings: Settings, at_once: threading.Event) -> None:
+    """Takes the application out of service; Serve lets its open requests end."""
+    from ray import serve
+
+    from serving.app import APP_NAME
+
+    serve.delete(APP_NAME, _blocking=False)
+    deadline = time.monotonic() + settings.engine.drain_timeout_s
+    while APP_NAME in serve.status().applications and time.monotonic() < deadline:
+        if at_once.wait(_POLL_S):
+            return
+
+
+@dataclass(frozen=True, slots=True)
+class _Signals:
+    """Which of SIGINT and SIGTERM have come, counted together."""
+
+    first: threading.Event = field(default_factory=threading.Event)
+    second: threading.Event = field(default_factory=threading.Event)
+
+    def take(self, number: int, frame: FrameType | None) -> None:
+        (self.second if self.first.is_set() else self.first).set()
+
+
 @contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
+def _signals() -> Iterator[_Signals]:
     """SIGINT and SIGTERM set an event instead of killing us in the middle of something."""
-    event = threading.Event()
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        event.set()
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    signals = _Signals()
+    both = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, signals.take) for number in both}
     try:
-        yield event
+        yield signals
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

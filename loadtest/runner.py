@@ -5,14 +5,17 @@ would flatter the server, so the lag is measured and a run with too much of it s
 """
 
 import asyncio
+import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 
 from loadtest.report import LoadReport, summarize
-from loadtest.request import Clock, RequestRecord, stream_request
+from loadtest.request import TO_THE_END, Clock, Reading, RequestRecord, stream_request
+from loadtest.transcript import Transcript
 from loadtest.workload import Endpoint, Workload
 
 MAX_REQUESTS = 100_000
@@ -77,13 +80,33 @@ class LoadPlan:
 
     def arrivals(self) -> list[float]:
         """When requests are due, in seconds from the start; the same for the same seed."""
-        rng = random.Random(self.seed)
-        due: list[float] = []
-        at = rng.expovariate(self.rate)
-        while len(due) < (self.requests or MAX_REQUESTS) and at < (self.duration_s or float("inf")):
-            due.append(at)
-            at += rng.expovariate(self.rate)
-        return due
+        due = itertools.islice(poisson(self.rate, self.seed), self.requests or MAX_REQUESTS)
+        end = self.duration_s or float("inf")
+        return list(itertools.takewhile(lambda at: at < end, due))
+
+
+def poisson(rate: float, seed: int) -> Iterator[float]:
+    """Arrivals without end, `rate` in a second; seconds from the start."""
+    rng = random.Random(seed)
+    at = 0.0
+    while True:
+        at += rng.expovariate(rate)
+        yield at
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request as it goes out, and how its answer is read.
+
+    Attributes:
+        kind: what reports group it by.
+        path: below `/v1`.
+    """
+
+    kind: str
+    path: str
+    body: dict[str, Any]
+    reading: Reading = TO_THE_END
 
 
 def run_load(plan: LoadPlan, progress: Progress | None = None) -> LoadReport:
@@ -105,9 +128,31 @@ async def _run(plan: LoadPlan, progress: Progress | None) -> LoadReport:
         trust_env=False,  # a proxy on the way would be measured along
     ) as client:
         model = plan.model or await _first_model(client, plan.base_url)
-        run = _Run(plan, model, client)
-        await run.play(progress)
-    return summarize(_config(plan, model), run.records, run.offered_s)
+        call = _calls(plan, model)
+        call(0)  # reads the sources before the clock starts
+        loop = OpenLoop(client, plan.base_url, call, plan.timeout_s)
+        due = plan.arrivals()
+        await loop.play(due, progress, len(due))
+    offered_s = plan.duration_s or (due[-1] if due else 0.0)
+    return summarize(_config(plan, model), loop.records, offered_s)
+
+
+def _calls(plan: LoadPlan, model: str) -> Callable[[int], Call]:
+    """The plan's request with a number."""
+    workload = Workload(plan.seed, plan.endpoint, plan.fim_share)
+
+    def call(number: int) -> Call:
+        prompt = workload.prompt(number)
+        body = prompt.body() | {
+            "model": model,
+            "max_tokens": plan.max_tokens,
+            "seed": number,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        return Call(prompt.kind, _PATHS[plan.endpoint], body)
+
+    return call
 
 
 async def _first_model(client: httpx.AsyncClient, base_url: str) -> str:
@@ -119,65 +164,79 @@ async def _first_model(client: httpx.AsyncClient, base_url: str) -> str:
         raise LoadError(f"{base_url}/models tells no model: {error}") from error
 
 
-class _Run:
-    """One run's requests, due, on their way and ended."""
+class OpenLoop:
+    """Requests due, on their way and ended.
 
-    def __init__(self, plan: LoadPlan, model: str, client: httpx.AsyncClient) -> None:
+    Args:
+        base_url: with `/v1`.
+        call: the request with a number.
+        timeout_s: a request that takes longer, from its sending, has failed.
+        ended: told of each request when it is over, with what was said.
+    """
+
+    def __init__(
+        self,
+        client: httpx.AsyncClient,
+        base_url: str,
+        call: Callable[[int], Call],
+        timeout_s: float,
+        ended: Callable[[RequestRecord, Transcript], None] | None = None,
+    ) -> None:
         self.records: list[RequestRecord] = []
-        self._plan = plan
-        self._model = model
+        self.clock = Clock()
         self._client = client
-        self._workload = Workload(plan.seed, plan.endpoint, plan.fim_share)
-        self._url = f"{plan.base_url}/{_PATHS[plan.endpoint]}"
-        self._due = plan.arrivals()
+        self._base_url = base_url
+        self._call = call
+        self._timeout_s = timeout_s
+        self._ended = ended
         self._in_flight: set[asyncio.Task[None]] = set()
 
-    @property
-    def offered_s(self) -> float:
-        """How long the arrivals take."""
-        return self._plan.duration_s or (self._due[-1] if self._due else 0.0)
+    async def play(
+        self, arrivals: Iterable[float], progress: Progress | None = None, total: int = 0
+    ) -> None:
+        """Sends a request at each arrival (seconds from now), and returns when all have ended."""
+        self.clock = Clock()
+        try:
+            for due in arrivals:
+                await asyncio.sleep(max(0.0, due - self.clock()))
+                self._launch(len(self.records), due)
+                self._tell(progress, total)
+            while self._in_flight:
+                await asyncio.wait(self._in_flight, return_when=asyncio.FIRST_COMPLETED)
+                self._tell(progress, len(self.records))
+        finally:
+            for task in self._in_flight:
+                task.cancel()
 
-    async def play(self, progress: Progress | None) -> None:
-        self._workload.prompt(0)  # reads the sources before the clock starts
-        clock = Clock()
-        for number, due in enumerate(self._due):
-            await asyncio.sleep(max(0.0, due - clock()))
-            self._launch(number, due, clock)
-            if progress is not None:
-                sent = len(self.records)
-                progress(sent, sent - len(self._in_flight), len(self._due))
-        while self._in_flight:
-            await asyncio.wait(self._in_flight, return_when=asyncio.FIRST_COMPLETED)
-            if progress is not None:
-                sent = len(self.records)
-                progress(sent, sent - len(self._in_flight), sent)
+    def _tell(self, progress: Progress | None, total: int) -> None:
+        sent = len(self.records)
+        if progress is not None:
+            progress(sent, sent - len(self._in_flight), total)
 
-    def _launch(self, number: int, due: float, clock: Clock) -> None:
-        prompt = self._workload.prompt(number)
-        record = RequestRecord(number, prompt.kind, due)
+    def _launch(self, number: int, due: float) -> None:
+        call = self._call(number)
+        record = RequestRecord(number, call.kind, due)
         self.records.append(record)
         if len(self._in_flight) >= MAX_IN_FLIGHT:
             # waiting for room would turn the open loop into a closed one
             record.fail("client", f"{MAX_IN_FLIGHT} requests are in flight already")
             return
-        body = prompt.body() | {
-            "model": self._model,
-            "max_tokens": self._plan.max_tokens,
-            "seed": number,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        task = asyncio.create_task(self._send(body, record, clock))
+        task = asyncio.create_task(self._send(call, record))
         self._in_flight.add(task)
         task.add_done_callback(self._in_flight.discard)
 
-    async def _send(self, body: dict[str, object], record: RequestRecord, clock: Clock) -> None:
+    async def _send(self, call: Call, record: RequestRecord) -> None:
+        said = Transcript()
         try:
-            async with asyncio.timeout(self._plan.timeout_s):
-                await stream_request(self._client, self._url, body, record, clock)
+            async with asyncio.timeout(self._timeout_s):
+                url = f"{self._base_url}/{call.path}"
+                said = await stream_request(
+                    self._client, url, call.body, record, self.clock, call.reading
+                )
         except TimeoutError:
-            record.fail("timeout", f"no end within {self._plan.timeout_s:g} s")
-            record.end_s = clock()
+            record.fail("timeout", f"no end within {self._timeout_s:g} s")
+        if self._ended is not None:
+            self._ended(record, said)
 
 
 def _config(plan: LoadPlan, model: str) -> dict[str, object]:

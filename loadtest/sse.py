@@ -10,6 +10,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from loadtest.transcript import Choice, Transcript
+
 DONE = "[DONE]"
 
 
@@ -23,13 +25,10 @@ class ServerError(Exception):
 
 @dataclass(slots=True)
 class StreamCheck:
-    """Reads one stream's events in order; what it has learned is in its fields."""
+    """Reads one stream's events in order; what they said is in the transcript."""
 
-    prompt_tokens: int | None = None
-    output_tokens: int | None = None
-    finish_reasons: dict[int, str] = field(default_factory=dict)
+    transcript: Transcript = field(default_factory=Transcript)
     _id: str | None = None
-    _open: set[int] = field(default_factory=set)
     _done: bool = False
 
     def feed(self, data: str) -> bool:
@@ -44,14 +43,17 @@ class StreamCheck:
         if data == DONE:
             self._done = True
             return False
-        chunk = _parsed(data)
-        self._same_id(chunk.get("id"))
-        self._count(chunk.get("usage"))
-        choices = chunk.get("choices")
-        if not isinstance(choices, list):
-            raise GrammarError("a chunk without choices")
-        with_text = [choice for choice in choices if self._choice(choice)]
-        return bool(with_text)
+        return self._take(data)
+
+    def whole(self, body: str) -> None:
+        """Takes an answer that is not streamed; `end` then tells whether it is complete.
+
+        Raises:
+            GrammarError: it is no answer.
+            ServerError: it is an error object.
+        """
+        self._take(body)
+        self._done = True
 
     def end(self) -> None:
         """The connection has ended.
@@ -61,12 +63,24 @@ class StreamCheck:
         """
         if not self._done:
             raise GrammarError(f"the stream ended without {DONE}")
-        if self._open:
-            raise GrammarError(f"choice {min(self._open)} has no finish_reason")
-        if not self.finish_reasons:
+        choices = self.transcript.choices
+        still_open = [index for index, c in choices.items() if c.finish_reason is None]
+        if still_open:
+            raise GrammarError(f"choice {min(still_open)} has no finish_reason")
+        if not choices:
             raise GrammarError("the stream had no choices")
-        if self.output_tokens is None:
+        if self.transcript.output_tokens is None:
             raise GrammarError("no usage, though stream_options asked for it")
+
+    def _take(self, data: str) -> bool:
+        chunk = _parsed(data)
+        self._same_id(chunk.get("id"))
+        self._count(chunk.get("usage"))
+        choices = chunk.get("choices")
+        if not isinstance(choices, list):
+            raise GrammarError("a chunk without choices")
+        with_text = [choice for choice in choices if self._choice(choice)]
+        return bool(with_text)
 
     def _same_id(self, identity: object) -> None:
         if not isinstance(identity, str):
@@ -82,30 +96,23 @@ class StreamCheck:
             counts = int(usage["prompt_tokens"]), int(usage["completion_tokens"])  # type: ignore[index]
         except (TypeError, KeyError, ValueError) as error:
             raise GrammarError("usage without token counts") from error
-        if self.output_tokens is not None and counts[1] < self.output_tokens:
+        known = self.transcript
+        if known.output_tokens is not None and counts[1] < known.output_tokens:
             raise GrammarError("usage went down")
-        self.prompt_tokens, self.output_tokens = counts
+        known.prompt_tokens, known.output_tokens = counts
 
     def _choice(self, choice: object) -> bool:
         """Whether the choice's chunk holds text."""
         if not isinstance(choice, dict) or not isinstance(choice.get("index"), int):
             raise GrammarError("a choice without index")
         index = choice["index"]
-        if index in self.finish_reasons:
+        known = self.transcript.choices.setdefault(index, Choice())
+        if known.finish_reason is not None:
             raise GrammarError(f"choice {index} goes on after its finish_reason")
-        self._open.add(index)
-        reason = choice.get("finish_reason")
-        if reason is not None:
-            self.finish_reasons[index] = str(reason)
-            self._open.discard(index)
-        return _has_text(choice)
-
-
-def _has_text(choice: dict[str, Any]) -> bool:
-    if choice.get("text"):
-        return True
-    delta = choice.get("delta") or {}
-    return any(delta.get(key) for key in ("content", "reasoning_content", "tool_calls"))
+        try:
+            return known.add(choice)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise GrammarError("a choice that has another shape") from error
 
 
 def _parsed(data: str) -> dict[str, Any]:

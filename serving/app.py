@@ -21,6 +21,8 @@ APP_NAME = "expertline"
 LEASE_ROUTER = "serving.router.lease_router:LeaseRouter"
 PROXY_LOCATION = ProxyLocation.EveryNode
 _UNBOUNDED_ONGOING = 100_000  # admission is the router's business
+_SOME_CPU = 0.01  # keeps a replica off a head that offers none: it outlives the head
+_LEAVING_S = 10.0  # for an engine that has handed over what it could not finish
 _QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
@@ -51,7 +53,7 @@ def _router_deployment() -> serve.Deployment:
         name="Router",
         num_replicas=1,
         max_ongoing_requests=_UNBOUNDED_ONGOING,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": _SOME_CPU},
         health_check_period_s=2,
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=1,
@@ -76,8 +78,9 @@ def _engine_deployment(
         max_constructor_retry_count=2,
         health_check_period_s=2,
         health_check_timeout_s=10,
-        graceful_shutdown_timeout_s=10,
+        graceful_shutdown_timeout_s=settings.engine.drain_timeout_s + _LEAVING_S,
         graceful_shutdown_wait_loop_s=0.1,
+        max_surge_percent=settings.engine.update_surge_percent,
         logging_config=_QUIET,
     )(engine_class)
 
@@ -87,8 +90,9 @@ def _ingress_deployment(settings: Settings) -> serve.Deployment:
         name="Ingress",
         num_replicas=settings.ingress.replicas,
         max_ongoing_requests=_UNBOUNDED_ONGOING,
-        ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_timeout_s=35,
+        ray_actor_options={"num_cpus": _SOME_CPU},
+        graceful_shutdown_timeout_s=settings.ingress.longest_stream_s,
         graceful_shutdown_wait_loop_s=0.1,
+        max_surge_percent=100,  # a new one listens before an old one stops to
         logging_config=_QUIET,
     )(Ingress)

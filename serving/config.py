@@ -132,6 +132,19 @@ class EngineSettings(_Settings):
     max_step_tokens: int = Field(512, ge=64, description="token budget of a step, per column")
     max_sequences: int = Field(256, ge=1, description="running sequences, per column")
     prefix_cache: bool = True
+    drain_timeout_s: float = Field(
+        60.0,
+        ge=0,
+        description="what running requests get to finish on an engine that leaves, before they "
+        "are moved to another one",
+    )
+    update_surge_percent: int = Field(
+        0,
+        ge=0,
+        le=100,
+        description="replicas that an update may start before it stops old ones, in percent; "
+        "each needs GPUs beside theirs",
+    )
     repairs_per_hour: int = Field(
         6, ge=0, description="repairs of its gang; one more, and the whole replica starts anew"
     )
@@ -166,6 +179,9 @@ class IngressSettings(_Settings):
     host: str = Field("127.0.0.1", description="address that clients connect to")
     port: int = Field(8000, ge=1, le=65535)
     replicas: int = Field(1, ge=1, description="fixed: scaling it would cut streams")
+    longest_stream_s: float = Field(
+        3600.0, ge=60, description="what an ingress that is replaced gets to finish its streams"
+    )
     max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024)
     max_choices: int = Field(16, ge=1, le=128, description="`n` × prompts of one request")
     max_logprobs: int = Field(20, ge=0)

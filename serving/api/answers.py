@@ -20,11 +20,11 @@ class Answer(ABC):
     """Turns deltas into what one client reads.
 
     Attributes:
-        logprobs: whether deltas without text matter, for what they say of their tokens.
+        tells_tokens: whether deltas without text matter, for what they say of their tokens.
         prompts: token ids of each prompt, set before the first of the methods is called.
     """
 
-    logprobs: bool = False
+    tells_tokens: bool = False
     prompts: Sequence[Sequence[int]] = ()
 
     def opening(self, choices: int) -> Iterator[bytes]:
@@ -64,7 +64,8 @@ class OpenAIAnswer(Answer):
         include_usage: bool,
         return_token_ids: bool,
     ) -> None:
-        self.logprobs = logprobs
+        self.tells_tokens = logprobs or return_token_ids
+        self._with_logprobs = logprobs
         self._head = {
             "id": f"{self.id_prefix}-{request_id}",
             "created": int(time.time()),
@@ -121,7 +122,7 @@ class OpenAIAnswer(Answer):
 
     def _finished(self, choice: dict[str, Any], delta: Delta) -> dict[str, Any]:
         """What every choice has, in whole and in part."""
-        choice["logprobs"] = self._logprobs(delta) if self.logprobs else None
+        choice["logprobs"] = self._logprobs(delta) if self._with_logprobs else None
         choice["finish_reason"] = delta.finish_reason
         if self._return_token_ids:
             generated = delta.tokens[delta.prompt_tokens :]

@@ -35,7 +35,7 @@ class ResponsesAnswer(Answer):
         store: ResponseStore | None = None,
         tenant: str = "",
     ) -> None:
-        self.logprobs = body.logprobs
+        self.tells_tokens = body.logprobs
         self._tenant = tenant
         self._store = store if body.kept(store) else None
         self._past = body.past_of_next(chat) if self._store is not None else []

@@ -6,22 +6,26 @@ their last token; tokens go out over one TCP stream per ingress, a frame per ste
 
 import asyncio
 import gc
+import math
 import os
 import secrets
 import time
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray import serve
+from ray.util.placement_group import placement_group_table
 
 from serving.config import Settings
+from serving.departure import Departure, Facts
 from serving.engine.loop import EngineLoop, GangFailure
 from serving.engine.request import RequestError
 from serving.engine.scheduler import Scheduler
 from serving.fleet import BEAT_S, Condition, EngineHello, EngineLoading, EngineReport, GenerateCall
 from serving.gang.gang import Gang
 from serving.gang.placement import RayLauncher
-from serving.node import node_address
+from serving.node import GangNodes, node_address, stopping
 from serving.router.link import RouterLink
 from serving.specs import engine_limits, gang_bounds, rank_specs
 from serving.telemetry.exporter import MetricsExporter
@@ -32,6 +36,8 @@ from serving.token_streams import TokenStreams
 
 log = get_logger("engine")
 _REPORT_S = 0.1
+_DEPARTURE_S = 0.1
+_NODES_S = 1.0  # between two looks at the cluster's nodes
 
 
 class Engine:
@@ -53,6 +59,7 @@ class Engine:
             {"process": "engine", "replica": self._id},
         )
         self._streams = TokenStreams(secret, lambda request_id: self._loop.cancel(request_id))
+        self._departure = Departure(self._streams, settings.engine.drain_timeout_s, time.monotonic)
         self._hello: EngineHello | EngineLoading = EngineLoading(self._id, 0, 0)
         self._link = RouterLink(
             router, secret, lambda: self._hello, silence_s=settings.router.silence_s
@@ -71,6 +78,7 @@ class Engine:
         self._running = asyncio.create_task(self._run(), name="engine-loop")
         await self._join_fleet(await self._streams.start(self._host))
         self._reporting = asyncio.create_task(self._report(), name="engine-report")
+        self._departing = asyncio.create_task(self._watch_departure(), name="engine-departure")
         gc.collect()
         gc.freeze()  # what a start leaves behind would only make every later pause longer
 
@@ -93,6 +101,17 @@ class Engine:
             self._streams.forget(request.id)
         return None
 
+    def drain(self, engine_id: str) -> bool:
+        """Makes this engine leave if it is the one that is meant; says whether it is."""
+        if engine_id == self._id:
+            self._departure.ask()
+        return engine_id == self._id
+
+    def location(self) -> tuple[str, list[str]]:
+        """This engine's id, and the ids of the nodes that its gang is on."""
+        group = ray.util.get_current_placement_group()
+        return self._id, sorted(set(placement_group_table(group)["bundles_to_node_id"].values()))
+
     def check_health(self) -> None:
         """Fails once nothing can be generated here any more.
 
@@ -106,10 +125,11 @@ class Engine:
             raise RuntimeError(f"no step has finished for {stalled_s:.0f} s")
 
     async def __del__(self) -> None:
-        self._reporting.cancel()
+        tasks = (self._departing, self._reporting, self._running)
         await self._link.close()
-        self._running.cancel()
-        await asyncio.gather(self._running, self._reporting, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._gang.stop()
         await self._streams.close()
         self._exporter.close()
@@ -178,3 +198,21 @@ class Engine:
                 self._link.tell(report)
                 last, told_at = report, time.monotonic()
             await asyncio.sleep(_REPORT_S)
+
+    async def _watch_departure(self) -> None:
+        """Leaves when it is time to; an engine that ends itself is replaced by Serve."""
+        group = ray.util.get_current_placement_group()
+        assert group is not None, "the deployment has placement group bundles"
+        nodes, facts, asked_at = GangNodes(group), Facts(), -math.inf
+        while not self._departure.advance(facts):
+            await asyncio.sleep(_DEPARTURE_S)
+            if time.monotonic() - asked_at >= _NODES_S:
+                news = await asyncio.to_thread(nodes.draining, _NODES_S)
+                asked_at = time.monotonic()
+                if news is not None:
+                    facts = Facts(own_node=nodes.own, gang_nodes=news[0], draining=news[1])
+            facts = replace(facts, stopping=stopping())
+        log.event("INFO", "engine.leaves", reason=self._departure.reason)
+        await self._streams.cut()
+        await self._gang.stop()
+        os._exit(0)

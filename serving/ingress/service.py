@@ -240,7 +240,7 @@ class GenerationService:
             for each in answer.opening(len(choices)):
                 yield each
             async for index, delta in merged(choices):
-                if delta.empty and not answer.logprobs:
+                if delta.empty and not answer.tells_tokens:
                     continue  # half a character, or held back for a stop string
                 for each in answer.piece(index, delta):
                     yield each

@@ -52,7 +52,7 @@ def setup_logging(level: str) -> None:
     formatter.converter = time.gmtime
     formatter.default_time_format = "%Y-%m-%dT%H:%M:%S"
     formatter.datefmt = formatter.default_time_format
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(sys.__stderr__)  # Serve's replicas swallow `sys.stderr`
     handler.setFormatter(formatter)
     root.handlers[:] = [handler]
     root.propagate = False  # Ray and Serve have handlers on the root, which would write it twice

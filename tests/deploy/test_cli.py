@@ -24,9 +24,11 @@ from serving.config import Settings
 NANO = Path(__file__).parents[2] / "model" / "nano" / "checkpoint"
 
 
-def expertline(*arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+def expertline(
+    *arguments: str, timeout_s: float = 120, **more: str
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from deploy.cli import main; main()", *arguments]
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | more
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout_s, check=False, env=environment
     )
@@ -238,3 +240,17 @@ def test_a_checkpoint_is_quantized(tmp_path: Path) -> None:
     made = expertline("checkpoint", "quantize", "--fp8-tensor", str(NANO), str(out))
     assert made.returncode == 0, made.stderr
     assert ModelConfig.from_directory(out).quantization == "compressed-tensors"
+
+
+@pytest.mark.parametrize("command", [("up",), ("drain", "--engine", "x")], ids=["up", "drain"])
+def test_an_address_where_no_cluster_answers_is_refused(command: tuple[str, ...]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and says nothing
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        assert_refused(expertline(*command, RAY_ADDRESS=address), "RAY_ADDRESS", address)
+    assert_refused(expertline(*command, RAY_ADDRESS=address), "RAY_ADDRESS", "refused")
+    assert_refused(expertline(*command, RAY_ADDRESS="nonsense"), "RAY_ADDRESS", "nonsense")
+
+
+def test_a_drain_needs_to_know_what_leaves() -> None:
+    assert_refused(expertline("drain"), "--engine", "--node")
+    assert_refused(expertline("drain", "--engine", "a", "--node", "b"), "--engine", "--node")

@@ -118,8 +118,10 @@ async def started(
         [spec(0, 0, port), spec(1, 0, port)], timeout_s, lambda *done: seen.append(done)
     )
     assert seen[-1] == (100, 200)
+    told = len(seen)
     try:
         yield gang
+        assert len(seen) == told, "a repair told how far a start is"
     finally:
         await gang.stop()
     assert len(seen) == 2  # repairs are no part of the start's progress

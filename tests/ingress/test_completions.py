@@ -125,6 +125,18 @@ async def test_token_ids_come_back_if_asked_for(path: str, stream: bool) -> None
     assert next(c["prompt_token_ids"] for c in choices if "prompt_token_ids" in c) == prompt
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_a_stream_tells_the_ids_of_tokens_that_have_no_text_yet(path: str) -> None:
+    body = (BODY if path == "/v1/completions" else CHAT) | {"return_token_ids": True}
+    held_back = {"stop": [f"{TEXT}!"], "stream": True, "stream_options": {"include_usage": True}}
+    async with stack(SCRIPT) as it:
+        got = events(await it.http.post(path, json=body | held_back))
+    choices = [choice for chunk in got for choice in chunk["choices"]]
+    told = [token for choice in choices for token in choice.get("token_ids", ())]
+    assert told[:-1] == SCRIPT
+    assert got[-1]["usage"]["completion_tokens"] == len(told)
+
+
 async def test_sampling_fields_reach_the_engine() -> None:
     async with stack(SCRIPT) as it:
         await post(

@@ -1,6 +1,7 @@
 """A server on the loopback that streams what a script says, well or badly."""
 
 import asyncio
+import itertools
 import json
 import threading
 import time
@@ -37,6 +38,7 @@ class Stub:
         self.headers: list[dict[str, str]] = []
         self.paths: list[str] = []
         self.url = ""
+        self._numbers = itertools.count()
         self.app = FastAPI()
         self.app.get("/v1/models")(self._models)
         self.app.post("/v1/{path:path}")(self._answer)
@@ -45,7 +47,7 @@ class Stub:
         return JSONResponse({"object": "list", "data": [{"id": "stub-model"}]})
 
     async def _answer(self, path: str, request: Request) -> Response:
-        number = len(self.bodies)
+        number = next(self._numbers)  # before anything is awaited: no two have the same
         self.bodies.append(await request.json())
         self.headers.append(dict(request.headers))
         self.paths.append(path)

@@ -1,0 +1,44 @@
+"""The short cut of the chaos suite: what dies under load costs no request and no token."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+
+SCENARIOS = ("router-kill", "rank-kill", "engine-kill")
+WITHIN_S = 800.0
+_ENDS_S = 90.0
+
+
+def test_killed_ranks_engines_and_routers_cost_no_request_and_no_token(tmp_path: Path) -> None:
+    only = [word for name in SCENARIOS for word in ("--only", name)]
+    command = [sys.executable, "-m", "loadtest.chaos", "--quick", *only, "--out", str(tmp_path)]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    said = _output(command, environment, tmp_path / "chaos.log")
+    report = json.loads((tmp_path / "chaos-quick.json").read_text(encoding="utf-8"))
+    outcomes = report["scenarios"]
+    assert set(outcomes) == set(SCENARIOS), said
+    for outcome in outcomes.values():
+        assert outcome["broken"] is None, said
+        assert outcome["requests"] > 0, said
+        assert (outcome["errors"], outcome["excused"]) == ({}, {}), said
+        assert (outcome["tokens"], outcome["wrong"]) == (0, 0), said
+
+
+def _output(command: list[str], environment: dict[str, str], log: Path) -> str:
+    """What the command said; it is ended with its servers if it takes too long."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        try:
+            process.wait(WITHIN_S)
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                process.wait(_ENDS_S)
+    return log.read_text(encoding="utf-8", errors="replace")[-4000:]
