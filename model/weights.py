@@ -19,6 +19,7 @@ from model.quantize import BLOCK, Fp8Weight, by_block, fp8_per_block, fp8_per_te
 # A weight as a checkpoint has it, and as a matrix is computed with.
 Value = Tensor | Fp8Weight
 
+_MIXED = "of matrices that are computed with as one, some are in 8-bit floats, some not"
 _QUANTIZERS = {"fp8": fp8_per_block, "fp8_tensor": fp8_per_tensor}
 
 
@@ -80,8 +81,8 @@ class Rows(Place):
 class Matrix:
     """A matrix [outputs, inputs], or `count` of them, whose rows are those of `parts` tensors.
 
-    Gathers the parts of one matrix until it has all. Of several matrices, each goes to its place
-    in one tensor [count, outputs, inputs]; a lone one of a single part is not copied at all.
+    Parts go straight to their rows of [outputs, inputs] or [count, outputs, inputs]; in 8-bit
+    floats, those of one matrix are gathered first. A lone matrix of one part is not copied at all.
     Lives on the device that is torch's default when it is made.
     """
 
@@ -96,6 +97,7 @@ class Matrix:
         self._part = (outputs // parts, inputs)
         self._parts, self._count, self._form = parts, count, form
         self._device = torch.get_default_device()
+        self._lone = count is None and parts == 1
         # Parts that do not end where a block does cannot share a matrix in 8-bit floats.
         self._keep = form.keep_fp8 and (parts == 1 or self._part[0] % BLOCK == 0)
         self._waiting: dict[int, dict[int, Value]] = {}
@@ -110,9 +112,13 @@ class Matrix:
 
         Returns:
             [outputs, inputs], or [count, outputs, inputs].
+
+        Raises:
+            CheckpointError: some parts were in 8-bit floats, others not.
         """
+        if self._waiting:
+            raise CheckpointError(_MIXED)
         assert self._value is not None
-        assert not self._waiting
         value, self._value = self._value, None
         return value
 
@@ -122,18 +128,34 @@ class Matrix:
         Raises:
             CheckpointError: some of several matrices are in 8-bit floats, others are not.
         """
+        value = self._formed(value)
+        if isinstance(value, Tensor) and not self._lone:
+            self._copy(index, part, value)
+            return
         parts = self._waiting.setdefault(index, {})
-        parts[part] = self._formed(value)
+        parts[part] = value
         if len(parts) < self._parts:
             return
         del self._waiting[index]
-        whole = _joined([parts[number] for number in range(self._parts)], self._form.dtype)
+        whole = _joined([parts[number] for number in range(self._parts)])
         if self._count is None:
             self._value = whole
             return
         if self._value is None:
             self._value = _room(self._count, whole)
         _store(self._value, index, whole)
+
+    def _copy(self, index: int, part: int, value: Tensor) -> None:
+        """Puts one part straight to its rows."""
+        rows, inputs = self._part
+        if self._value is None:
+            self._value = value.new_empty(self._count or 1, self._parts * rows, inputs)
+            if self._count is None:
+                self._value = self._value[0]
+        if not isinstance(self._value, Tensor):
+            raise CheckpointError(_MIXED)
+        whole = self._value if self._count is None else self._value[index]
+        whole[part * rows : (part + 1) * rows] = value
 
     def _formed(self, value: Value) -> Value:
         """On the device, and in the form that the matrix is held in."""
@@ -158,14 +180,12 @@ class _Part(Place):
         self.matrix.put(self.index, self.part, value)
 
 
-def _joined(parts: list[Value], dtype: torch.dtype) -> Value:
-    """The matrix of these rows; in 8-bit floats if all are."""
+def _joined(parts: list[Value]) -> Value:
+    """The matrix of these rows; several are all in 8-bit floats."""
     if len(parts) == 1:
         return parts[0]
     blocks = [by_block(part) for part in parts if isinstance(part, Fp8Weight)]
-    if len(blocks) == len(parts):
-        return Fp8Weight(*(torch.cat(tensors) for tensors in zip(*blocks, strict=True)))
-    return torch.cat([p if isinstance(p, Tensor) else from_fp8(p, dtype) for p in parts])
+    return Fp8Weight(*(torch.cat(tensors) for tensors in zip(*blocks, strict=True)))
 
 
 def _room(count: int, like: Value) -> Value:
@@ -182,4 +202,4 @@ def _store(room: Value, index: int, value: Value) -> None:
         room.data.view(torch.uint8)[index] = value.data.view(torch.uint8)
         room.scale[index] = value.scale
     else:
-        raise CheckpointError("of a layer's routed experts, some are in 8-bit floats, some not")
+        raise CheckpointError(_MIXED)
