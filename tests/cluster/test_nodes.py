@@ -47,7 +47,7 @@ SETTINGS = {
         "cache_tokens": 4096,
         "device": "cpu",
         "cpus": 1.4,  # of three: two ranks to a node
-        "step_timeout_s": 5.0,
+        "step_timeout_s": 20.0,  # also what forming a group may take
     },
     "ingress": {"host": "0.0.0.0", "port": PORT},
     "secret": "of the internal ports of this test",
