@@ -8,6 +8,7 @@ from typing import Any
 from loadtest.chaos.load import Judged
 
 _EXAMPLES = 5
+_CUT = "connection"  # what a client sees of an ingress that dies under its stream
 
 
 @dataclass(slots=True)
@@ -16,7 +17,7 @@ class Outcome:
 
     Attributes:
         errors: by kind, requests that the client saw fail.
-        excused: errors of requests whose ingress was killed: the client's connection itself.
+        excused: connections that were cut since the ingress that held them was killed.
         lost, added, changed: tokens, against the undisturbed answers.
         wrong: answers that differ in anything else (finish, usage, text, log-probabilities).
         kept: what was not given back after a fault, in words.
@@ -74,7 +75,8 @@ class Outcome:
             self.changed += verdict.changed
             self.wrong += bool(verdict.faults)
             if record.error is not None:
-                (self.excused if excuses else self.errors)[record.error] += 1
+                excused = excuses and record.error == _CUT
+                (self.excused if excused else self.errors)[record.error] += 1
                 self._example(f"{fault}: {record.kind}: {record.error}: {record.message}")
             if not verdict.right:
                 self._example(f"{fault}: {record.kind}: {verdict}")

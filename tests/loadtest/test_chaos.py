@@ -150,9 +150,9 @@ def judged(error: str | None = None, **verdict: int) -> Judged:
 def test_errors_of_clients_whose_ingress_was_killed_are_counted_apart() -> None:
     outcome = Outcome("mixed", "1 × (1×1)")
     outcome.take([judged(), judged("connection"), judged(lost=2, changed=1)], "kill rank")
-    outcome.take([judged("connection"), judged()], "kill ingress", excuses=True)
+    outcome.take([judged("connection"), judged("http_500")], "kill ingress", excuses=True)
     assert (outcome.requests, outcome.tokens, outcome.silence_s) == (5, 3, 2.0)
-    assert outcome.errors == {"connection": 1}
+    assert outcome.errors == {"connection": 1, "http_500": 1}
     assert outcome.excused == {"connection": 1}
     assert not outcome.flawless
     assert "2 lost; 1 changed" in " ".join(outcome.examples)
