@@ -9,7 +9,7 @@ READY := .venv/.installed
 serve: $(READY)
 	$(BIN)/expertline up --model nano --stages 2 --expert-parallel 2 --port $(PORT)
 
-test: $(READY) chromium redis
+test: $(READY) chromium
 	$(BIN)/pytest
 
 # Other people's clients, each in an environment of its own under .clients/.
@@ -53,7 +53,7 @@ chromium:
 	else echo "chromium is not on PATH (Debian: apt-get install chromium): its tests will be skipped"; \
 	fi
 
-# The store of a cluster whose head dies; without it that scenario and its test are skipped.
+# The store of a cluster whose head dies; without it that scenario is skipped.
 .PHONY: redis
 redis:
 	@if command -v redis-server >/dev/null; then exit 0; \

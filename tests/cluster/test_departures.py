@@ -142,7 +142,7 @@ async def test_what_a_dead_ingress_left_unanswered_is_answered_by_another(
     server: Server, expected: dict[int, str]
 ) -> None:
     asked = [asyncio.create_task(answer(server, LONG, stream=False)) for _ in range(8)]
-    await until(lambda: running(server) >= 8, 60)
+    await until(lambda: running(server) >= 6, 60)
     victim = find(server, "ServeReplica:expertline:Ingress")[0]
     os.kill(victim, signal.SIGKILL)
     assert set(await asyncio.gather(*asked)) == {expected[LONG]}
@@ -167,14 +167,3 @@ async def test_an_update_of_everything_under_load_fails_no_request(
         assert done.returncode == 0, done.stderr[-2000:]
         await until(lambda: not before & set(find(server, "ServeReplica:expertline")), 180)
         await more(answers, 4)
-
-
-async def test_a_server_that_is_told_to_stop_finishes_what_it_runs(
-    server: Server, expected: dict[int, str]
-) -> None:
-    asked = asyncio.create_task(answer(server, SHORT * 8, stream=True))
-    await until(lambda: running(server) >= 1, 60)
-    server.process.send_signal(signal.SIGTERM)
-    assert (await asked).startswith(expected[SHORT])
-    assert await asyncio.to_thread(server.process.wait, 60) == 0
-    await until(lambda: server.pids() == [], 30)
