@@ -13,7 +13,7 @@ from torch import Tensor
 from model.cache import LatentCache
 from model.context import Span, StepContext
 from model.layout import Cell
-from model.sampling import SamplingRow, TokenCounts, sample, score
+from model.sampling import SampledToken, SamplingRow, TokenCounts, sample, score
 from model.stage import Stage
 from serving.engine.plan import NewSequence, RankPlan, RankResult, Sample, Score, Slice
 from serving.gang.exchange import StageExchange
@@ -176,7 +176,7 @@ class Worker:
                 where.append(end - 1)
             first = end
         chosen = logits if len(where) == len(logits) else logits[where]
-        for piece, token in zip(drawn, sample(chosen, rows), strict=True):
+        for piece, token in zip(drawn, sample_apart(chosen, rows), strict=True):
             grammar = self._residents[piece.id].grammar
             error = (grammar.error if grammar is not None else None) or token.error
             result.samples.append(Sample(piece.id, token.token, token.logprob, token.top, error))
@@ -201,3 +201,17 @@ class Worker:
         top = resident.new.sampling.prompt_logprobs or 0
         scored = score(logits[: len(targets)], targets, top)
         return Score(piece.id, start, [own for own, _ in scored], [likely for _, likely in scored])
+
+
+def sample_apart(logits: Tensor, rows: list[SamplingRow]) -> list[SampledToken]:
+    """As `sample`; but a row that makes it fail gets an error, and the others their tokens.
+
+    Halves the rows until the one is found: what a row gives does not depend on the others.
+    """
+    try:
+        return sample(logits, rows)
+    except Exception as error:  # whatever it is, it is that row's alone
+        if len(rows) == 1:
+            return [SampledToken(0, error=f"Sampling failed: {type(error).__name__}.")]
+    half = len(rows) // 2
+    return sample_apart(logits[:half], rows[:half]) + sample_apart(logits[half:], rows[half:])

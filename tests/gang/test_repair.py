@@ -128,8 +128,8 @@ async def test_what_runs_goes_on_with_the_same_tokens_when_ranks_are_killed(
 async def test_a_rank_that_stands_still_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bounds = {"step_timeout_s": 6.0, "gather_timeout_s": 4.0}
-    async with room(tmp_path, monkeypatch, **bounds) as it:
+    bounds = {"step_timeout_s": 10.0, "gather_timeout_s": 5.0}
+    async with room(tmp_path, monkeypatch, repairs_per_hour=50, **bounds) as it:
         calm = await generate(it.engine, requests("calm"))
         stopped = it.pids[1, 0]
         running = asyncio.create_task(generate(it.engine, requests("stopped")))
