@@ -33,6 +33,7 @@ PROOF_BYTES = 32
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 MAX_BUFFERED_BYTES = 256 * 1024 * 1024
 HANDSHAKE_TIMEOUT_S = 10.0
+UNACKNOWLEDGED_MS = 30_000  # what a peer's kernel has not taken by then, it never will
 _LENGTH = struct.Struct("<I")
 
 
@@ -162,7 +163,7 @@ async def connect(host: str, port: int, secret: bytes, codec: Codec) -> Channel:
         if isinstance(error, (OSError, TimeoutError, asyncio.IncompleteReadError)):
             raise WireError(f"{host}:{port} did not complete the handshake") from error
         raise
-    _no_delay(writer.get_extra_info("socket"))
+    _tune(writer.get_extra_info("socket"))
     return Channel(reader, writer, codec)
 
 
@@ -174,8 +175,12 @@ def _answer(secret: bytes, nonce: bytes, answer: bytes) -> bytes:
     return _proof(secret, b"client", nonces)
 
 
-def _no_delay(sock: socket.socket) -> None:
+def _tune(sock: socket.socket) -> None:
+    """Small frames go out at once; a host that has vanished ends its connections, without a word
+    from it, in seconds and not in the quarter of an hour that TCP would try."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # on Linux
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_MS)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
@@ -217,7 +222,7 @@ class ChannelServer:
         self._tasks.add(task)
         try:
             await self._prove(reader, writer)
-            _no_delay(writer.get_extra_info("socket"))
+            _tune(writer.get_extra_info("socket"))
             await self._handler(Channel(reader, writer, self._codec))
         except (ProtocolError, TimeoutError, asyncio.IncompleteReadError):
             self.rejected += 1
@@ -264,7 +269,7 @@ class BlockingChannel:
         except (OSError, WireError) as error:
             sock.close()
             raise WireError(f"{host}:{port} did not complete the handshake") from error
-        _no_delay(sock)
+        _tune(sock)
         sock.settimeout(None)
         return channel
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import socket
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -221,3 +222,23 @@ async def test_a_blocking_client_without_the_secret_is_refused() -> None:
     async with echo_server() as (_, port):
         with pytest.raises(WireError):
             await asyncio.to_thread(BlockingChannel.connect, HOST, port, b"wrong", CODEC)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="an option of Linux")
+async def test_no_connection_waits_long_for_a_host_that_has_vanished() -> None:
+    served: list[Channel] = []
+
+    async def keep(channel: Channel) -> None:
+        served.append(channel)
+        await channel.receive()
+
+    server = ChannelServer(SECRET, CODEC, keep)
+    port = await server.start(HOST)
+    channel = await wire.connect(HOST, port, SECRET, CODEC)
+    await until(lambda: bool(served))
+    for end in (channel, *served):
+        sock = end._writer.get_extra_info("socket")
+        patience_ms = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+        assert patience_ms == wire.UNACKNOWLEDGED_MS
+    await channel.close()
+    await server.close()

@@ -31,6 +31,7 @@ from serving.router.link import RouterLink
 from serving.telemetry.logs import get_logger
 
 log = get_logger("fleet")
+_GRACE_S = 0.5  # the router's own refusal of a late request comes first
 _RETRY_S = 0.05  # before another engine is asked for
 _GIVE_UP = 10  # times the silence that is taken for loss: then the connection is given up
 
@@ -112,7 +113,7 @@ class FleetClient:
             raise ApiError(429, "The server's queue is full; try again later.", retry_after_s=1)
         self._held[request.request_id] = None
         try:
-            async with asyncio.timeout(request.deadline_s):
+            async with asyncio.timeout(request.deadline_s + _GRACE_S):
                 while True:
                     engine_id = await self._leased(request)
                     self._held[request.request_id] = LeaseHeld(request, engine_id)
