@@ -6,13 +6,14 @@ inherit ours, so the environment comes first.
 
 import logging
 import os
+import random
 import shutil
 import signal
 import socket
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from deploy.errors import UsageError
@@ -20,6 +21,7 @@ from deploy.haproxy import settings_of_serve, write_launcher
 
 LOOPBACK = "127.0.0.1"
 _REAP_S = 5.0
+_OWN_PORTS = range(20_000, 30_000)  # above are the system's own choices
 _ANSWER_S = 2.0
 _HTTP2_HEADER_BYTES = 9  # of a frame: length (3), kind, flags, stream (4)
 _HTTP2_SETTINGS = 4
@@ -34,7 +36,7 @@ def serve_environment(workdir: Path, longest_stream_s: float) -> dict[str, str]:
 
     launcher = workdir / "haproxy"
     write_launcher(launcher, get_haproxy_binary())
-    ports = _free_ports(3)
+    ports = free_ports(3)
     files = {
         "CONFIG_FILE_LOC": "haproxy.cfg",
         "SOCKET_PATH": "admin.sock",
@@ -145,16 +147,16 @@ def check_address() -> None:
         raise UsageError(f"RAY_ADDRESS={address}: no Ray cluster answers ({reason})") from error
 
 
-def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for probe in sockets:
-            probe.bind((LOOPBACK, 0))
-        return [probe.getsockname()[1] for probe in sockets]
-    finally:
-        for probe in sockets:
-            probe.close()
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now, and that no system gives out by itself: until they are
+    bound, Ray's processes take many of those."""
+    found: set[int] = set()
+    while len(found) < count:
+        port = random.choice(_OWN_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((LOOPBACK, port))
+            found.add(port)
+    return sorted(found)
 
 
 def _reap_haproxy(config: Path) -> None:

@@ -3,7 +3,6 @@
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ import httpx
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from deploy.local_ray import free_ports
 from loadtest.chaos.processes import Process, marked
 from loadtest.chaos.waiting import ChaosError, until
 from loadtest.peers.process import last_words, started
@@ -130,7 +130,7 @@ async def running(layout: Layout) -> AsyncIterator[Server]:
         ChaosError: it did not come up.
     """
     with _workdir() as (folder, own_disk):
-        port = free_port()
+        (port,) = free_ports(1)
         config, log = folder / "settings.yaml", folder / "up.log"
         write_settings(config, layout.settings(port, folder / TARGETS))
         variables = environment(folder)
@@ -169,12 +169,6 @@ def environment(folder: Path) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "COLUMNS": "200",
     }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager
