@@ -8,6 +8,7 @@ from itertools import cycle
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer
 from serving.engine.driver import Engine
+from serving.engine.loop import GangFailure, Repair
 from serving.engine.plan import RankResult, Sample, StepPlan, StepResult
 
 STEPS_PER_SECOND = "EXPERTLINE_STUB_STEPS_PER_SECOND"  # environment of the engine's process
@@ -18,6 +19,7 @@ class StubGang:
     """Answers each step one tick after the last one; a step that comes later than that, at once."""
 
     metrics_addresses: tuple[str, ...] = ()
+    pages = 0  # as many as the settings say
 
     def __init__(self, tokens: list[int], steps_per_second: float) -> None:
         self._tick_s = 1 / steps_per_second
@@ -36,6 +38,9 @@ class StubGang:
             self._news.clear()
             await self._news.wait()
         return self._results.popleft()
+
+    async def repair(self) -> Repair:
+        raise GangFailure("there is nothing to repair")
 
     async def stop(self) -> None:
         """There is nothing to end."""
