@@ -119,8 +119,8 @@ def _router_status(app: str) -> dict[str, Any] | None:
     try:
         handle = serve.get_deployment_handle("Router", app)
         status: dict[str, Any] = handle.status.remote().result(timeout_s=_CALL_S)
-    except (RayServeException, TimeoutError):
-        return None
+    except (RayServeException, KeyError, TimeoutError):
+        return None  # KeyError: Serve knows the application, and not yet its deployments
     return status
 
 
