@@ -26,6 +26,7 @@ _AGENT_PORTS = {
     "runtime-env-agent-port": 6403,
     "metrics-export-port": 6404,
 }
+_RESOLVERS = Path("/etc/netns")  # in here, a folder per namespace that `ip netns exec` lays on /etc
 _START_S = 60.0
 _OBJECT_STORE_BYTES = 100 * 1024 * 1024
 _FAST_DEATH = {  # a node is dead after three seconds without a sign of life
@@ -220,6 +221,11 @@ def node_cluster(
 
 
 def _plug_in(node: Node, bridge: str, gateway: str) -> None:
+    """The node's namespace and cable. A name server that refuses: one out of reach would make
+    whoever asks for a name wait."""
+    folder = _RESOLVERS / node.name
+    folder.mkdir(parents=True)
+    (folder / "resolv.conf").write_text("nameserver 127.0.0.1\n")
     _ip("netns", "add", node.name)
     _ip("link", "add", node.cable, "type", "veth", "peer", "name", "eth0", "netns", node.name)
     _ip("link", "set", node.cable, "master", bridge, "up")
@@ -235,6 +241,7 @@ def _remove(cluster: NodeCluster) -> None:
         with contextlib.suppress(NodesError):  # it never came to be
             cluster.kill(node)
             _ip("netns", "del", node.name)  # its cable goes with it
+        shutil.rmtree(_RESOLVERS / node.name, ignore_errors=True)
     with contextlib.suppress(NodesError):
         _ip("link", "del", cluster.bridge)
 

@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_CONNECTED = timedelta(seconds=30)  # names looked up in vain alone may take ten
+
 
 class FabricError(Exception):
     """A peer is gone, or a call was aborted or took too long; the group is of no more use."""
@@ -226,6 +228,9 @@ def host_store(host: str, timeout_s: float) -> tuple[dist.TCPStore, int]:
     """A rendezvous store listening on `host` alone, and its port.
 
     torch's own listener would bind to every interface (CVE-2025-47277), hence the socket.
+
+    Args:
+        timeout_s: of what is asked of it, once it is there.
     """
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.bind((host, 0))
@@ -236,14 +241,18 @@ def host_store(host: str, timeout_s: float) -> tuple[dist.TCPStore, int]:
         port,
         None,
         is_master=True,
-        timeout=timedelta(seconds=timeout_s),
+        timeout=_CONNECTED,
         wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )
+    store.set_timeout(timedelta(seconds=timeout_s))
     return store, port
 
 
 def join_store(host: str, port: int, timeout_s: float) -> dist.TCPStore:
     """A client of `host_store` on another rank."""
-    timeout = timedelta(seconds=timeout_s)
-    return dist.TCPStore(host, port, None, is_master=False, timeout=timeout, wait_for_workers=False)
+    store = dist.TCPStore(
+        host, port, None, is_master=False, timeout=_CONNECTED, wait_for_workers=False
+    )
+    store.set_timeout(timedelta(seconds=timeout_s))
+    return store
