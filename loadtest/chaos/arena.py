@@ -1,5 +1,6 @@
 """One scenario at work: a server, its load, and rounds of one fault each."""
 
+import asyncio
 import random
 import time
 from collections.abc import AsyncIterator
@@ -97,8 +98,12 @@ class Arena:
         left = await settled(self._before, self.server, self.client, self.census, SETTLED_S)
         self.outcome.kept += [f"{fault}: {what}" for what in left]
 
-    async def blow(self, fault: Fault, streams: int = 1) -> Blow:
+    async def blow(self, fault: Fault, streams: int = 1, least_s: float = 0.0) -> Blow:
         """One round: a fault under load.
+
+        Args:
+            streams: in the midst of their tokens when it strikes.
+            least_s: how long the load lasts at least.
 
         Raises:
             ChaosError: it could not strike, or the server did not recover.
@@ -116,6 +121,7 @@ class Arena:
             about = f"{self.outcome.scenario}: {fault.name}: whole after {recovered - at:.1f} s"
             print(about, flush=True)
             await load.until_served(self.served, _SERVED_S)
+            await asyncio.sleep(max(0.0, least_s - load.now))
         return Blow(load.records, at, recovered)
 
 

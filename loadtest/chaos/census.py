@@ -18,6 +18,7 @@ from loadtest.chaos.waiting import ChaosError
 
 _ANSWER_S = 60.0
 _GONE = ("DEAD", "REMOVED")
+_PROXIES = ("HAProxyManager", "ProxyActor")  # one on each node that happens to have replicas
 
 
 class Census:
@@ -29,7 +30,7 @@ class Census:
         self._process: asyncio.subprocess.Process | None = None
 
     async def count(self) -> dict[str, dict[str, int]]:
-        """Living actors by class, and placement groups by state.
+        """Living actors by class, proxies left out, and placement groups by state.
 
         Raises:
             ChaosError: the cluster does not answer.
@@ -96,9 +97,10 @@ def _counted() -> dict[str, Any]:
     from ray.util import placement_group_table
 
     living = [a["ActorClassName"] for a in actors().values() if a["State"] not in _GONE]
+    counted = Counter(name for name in living if name not in _PROXIES)
     groups = [group["state"] for group in placement_group_table().values()]
     return {
-        "actors": Counter(living),
+        "actors": counted,
         "groups": Counter(state for state in groups if state not in _GONE),
     }
 

@@ -2,7 +2,7 @@
 
 The head holds control and no model; engines and ranks lie on the others, which are what is hurt.
 Clients reach the head's proxy, and commands run there; where the head itself is hurt, on another
-node.
+node. The program that deployed is the head's, and dies with it.
 """
 
 import tempfile
@@ -70,9 +70,10 @@ async def _served(cluster: NodeCluster, layout: Layout, folder: Path) -> NodeSer
     del settings["internal_host"]  # each node's own
     write_settings(config, settings)
     command = [*PROGRAM, "up", "--config", str(config)]
-    front = cluster.nodes[1] if layout.redis else cluster.head
-    process = cluster.spawn(front, command, log, RAY_ADDRESS=cluster.address)
+    # A driver elsewhere would take the head for its own node: Ray looks for it by process.
+    process = cluster.spawn(cluster.head, command, log, RAY_ADDRESS=cluster.address)
     await ready(process, log)
+    front = cluster.nodes[1] if layout.redis else cluster.head
     return NodeServer(
         url=f"http://{front.address}:{_PORT}",
         mark=f"{MARK}={folder}",

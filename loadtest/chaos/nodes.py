@@ -120,13 +120,14 @@ class NodeCluster:
             node.process.wait()
 
     def start(self, *nodes: Node) -> None:
-        """Starts Ray on nodes that have none, and waits until it says so on each.
+        """Starts Ray on nodes that have none, each with an empty disk, and waits until it says so.
 
         Raises:
             NodesError: one did not come up.
         """
         for node in nodes:
             ray = [sys.executable, "-m", "ray.scripts.scripts", "start"]
+            shutil.rmtree(self._temporary(node), ignore_errors=True)
             self._log(node).unlink(missing_ok=True)
             node.process = self.spawn(node, [*ray, *self._options(node)], self._log(node))
         deadline = time.monotonic() + _START_S
@@ -141,13 +142,16 @@ class NodeCluster:
     def _log(self, node: Node) -> Path:
         return self.folder / f"{node.name}.log"
 
+    def _temporary(self, node: Node) -> Path:
+        return self.folder / node.cable
+
     def _options(self, node: Node) -> list[str]:
         options = [
             f"--node-ip-address={node.address}",
             f"--num-cpus={node.spec.cpus}",
             f"--num-gpus={node.spec.gpus}",
             f"--object-store-memory={_OBJECT_STORE_BYTES}",
-            f"--temp-dir={self.folder / node.cable}",
+            f"--temp-dir={self._temporary(node)}",
             *(f"--{name}={port}" for name, port in _AGENT_PORTS.items()),
             "--disable-usage-stats",
             "--block",

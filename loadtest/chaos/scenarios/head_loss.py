@@ -9,6 +9,7 @@ from loadtest.chaos.scenario import NodeScenario
 from loadtest.chaos.server import Layout
 
 PAUSE = "head loss, pause s"
+_LOAD_S = 60.0
 
 
 class HeadLoss(NodeScenario):
@@ -26,7 +27,7 @@ class HeadLoss(NodeScenario):
 
     async def play(self, arena: Arena) -> None:
         for _ in range(arena.count):
-            blow = await arena.blow(Loss(arena.rng))
+            blow = await arena.blow(Loss(arena.rng), least_s=_LOAD_S)
             pauses = silences(blow.records, blow.at)
             if pauses:
                 arena.outcome.measured(PAUSE, max(pauses))

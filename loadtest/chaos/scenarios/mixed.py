@@ -16,7 +16,7 @@ class Mixed(Scenario):
     name = "mixed"
     layout = Layout(stages=2, engines=2, ingresses=2)
     share = 0.3
-    faults = 12
+    faults = 13
 
     async def play(self, arena: Arena) -> None:
         possible = []
@@ -34,6 +34,6 @@ def kinds(arena: Arena) -> list[Fault]:
     """Every fault that one machine allows."""
     rng = arena.rng
     killed = [Kill(rng, role) for role in ("rank", "engine", "router", "ingress", "controller")]
-    frozen = [Freeze(rng, role) for role in ("engine", "router")]
+    frozen = [Freeze(rng, role) for role in ("rank", "engine", "router")]
     others = [Wedge(rng), FullDisk(rng), Hoarder(rng), Redeployment(rng), Drain(rng)]
     return [*killed, *frozen, *others]
