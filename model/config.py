@@ -17,6 +17,21 @@ class CheckpointError(Exception):
     """A directory that cannot be served as a DeepSeek-V2 model; one line, says what to do."""
 
 
+def json_object(path: Path) -> dict[str, Any]:
+    """What a checkpoint's JSON file says.
+
+    Raises:
+        CheckpointError: it is not JSON, or not an object.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return raw
+
+
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
     """Rotary embedding, with YaRN when `factor` is over 1 (arXiv 2309.00071, section 3)."""
@@ -107,13 +122,7 @@ class ModelConfig:
             raise CheckpointError(
                 f"{directory}: no config.json; give a checkpoint in the Hugging Face layout"
             )
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{path}: not valid JSON ({error})") from error
-        if not isinstance(raw, dict):
-            raise CheckpointError(f"{path}: expected a JSON object")
-        return cls.from_dict(raw, source=str(path))
+        return cls.from_dict(json_object(path), source=str(path))
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], source: str = "config") -> "ModelConfig":

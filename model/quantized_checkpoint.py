@@ -23,12 +23,10 @@ from model.shards import (
     PICKLED,
     Progress,
     StoredTensor,
-    TensorSpec,
-    new_directory,
     read_into,
     stored_tensors,
-    write_shards,
 )
+from model.writing import TensorSpec, new_directory, write_shards
 
 GIB = 2**30
 KINDS = ("fp8-block", "fp8-tensor")

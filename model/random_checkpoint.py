@@ -19,7 +19,8 @@ from torch import Tensor
 from model.checkpoint import STORED_AS, all_tensors, cell_tensors
 from model.config import RANDOM_SEED, CheckpointError, ModelConfig
 from model.layout import Cell, Layout
-from model.shards import Progress, TensorSpec, new_directory, write_shards
+from model.shards import Progress
+from model.writing import TensorSpec, new_directory, write_shards
 
 GIB = 2**30
 NANO = Path(__file__).parent / "nano" / "checkpoint"

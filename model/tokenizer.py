@@ -16,7 +16,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as Encoder
 
-from model.config import CheckpointError, ModelConfig
+from model.config import CheckpointError, ModelConfig, json_object
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +50,11 @@ class Tokenizer:
                 more tokens than the model.
         """
         path = directory / "tokenizer.json"
-        raw = _read_json(path)
+        if not path.is_file():
+            raise CheckpointError(f"{directory}: no {path.name}; copy the tokenizer's files here")
+        raw = json_object(path)
         settings_path = directory / "tokenizer_config.json"
-        settings = _read_json(settings_path) if settings_path.is_file() else {}
+        settings = json_object(settings_path) if settings_path.is_file() else {}
         try:
             special = {token["content"]: token["id"] for token in raw.get("added_tokens") or ()}
             encoder = _plain_encoder(raw, path)
@@ -153,18 +155,6 @@ class Detokenizer:
     def flush(self) -> str:
         """What is left at the end of the sequence: U+FFFD for a character that was cut off."""
         return self._utf8.decode(b"", final=True)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent}: no {path.name}; copy the tokenizer's files here")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return raw
 
 
 def _plain_encoder(raw: dict[str, Any], path: Path) -> Encoder:

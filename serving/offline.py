@@ -12,7 +12,7 @@ import secrets
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -25,17 +25,17 @@ from model.sampling_params import SamplingParams as EngineSampling
 from model.tokenizer import Tokenizer
 from serving.api.chat import ChatRequest
 from serving.api.completions import CompletionRequest
-from serving.api.delta import CallDelta, Delta
 from serving.api.errors import ApiError
 from serving.api.sampling import Sampling
 from serving.config import Settings
-from serving.engine.request import PromptScores, Request, TokenOutput
+from serving.engine.request import Request, TokenOutput
 from serving.ingress.prompts import Prompts
 from serving.ingress.restrictions import Restrictions
 from serving.ingress.sampling import SamplingRules
 from serving.ingress.text import TextStream
 from serving.ingress.tools import Tools, conversation
 from serving.local_engine import LocalEngine, local_engine
+from serving.outputs import CompletionOutput, RequestOutput, gathered
 
 Result = TypeVar("Result")
 Prompt = str | list[int]
@@ -72,29 +72,6 @@ class SamplingParams:
         """Those that the two request types share."""
         own = {"max_tokens", "logprobs", "prompt_logprobs"}
         return {name: value for name, value in asdict(self).items() if name not in own}
-
-
-@dataclass(slots=True)
-class CompletionOutput:
-    """One choice."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None
-    stop_reason: str | None  # the stop string that ended it
-    logprobs: list[TokenOutput] | None  # each token's own and the likeliest ones'
-    tool_calls: list[CallDelta] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class RequestOutput:
-    """What one prompt gave."""
-
-    prompt: str | None  # None for one given as token ids, or as messages
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    prompt_logprobs: list[TokenOutput] | None = None  # the first one's are None
 
 
 class LLM:
@@ -321,28 +298,9 @@ class LLM:
         """One choice, and its prompt's tokens as far as they were scored."""
         text = TextStream(self.tokenizer, body.stop_strings, body.min_tokens or 0)
         parse = tools.parser().push if tools is not None else None
-        prompt = [TokenOutput(request.id, token) for token in request.prompt]
-        whole = Delta()
-        async for output in self._engine.stream(request):
-            if isinstance(output, PromptScores):
-                output.fill(prompt)
-                continue
-            delta = text.push([output])
-            whole.add(delta if parse is None else parse(delta))
-            if text.stopped:
-                break
+        done = await gathered(request, index, self._engine.stream(request), text, parse)
         advance()
-        said = whole.tokens
-        choice = CompletionOutput(
-            index,
-            whole.text,
-            [output.token for output in said],
-            whole.finish_reason,
-            whole.stop_string,
-            said if request.sampling.logprobs is not None else None,
-            whole.calls,
-        )
-        return choice, prompt
+        return done
 
 
 def _validated(shape: type[Result], fields: dict[str, Any]) -> Result:

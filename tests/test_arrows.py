@@ -58,12 +58,13 @@ def test_engine_is_plain_python_but_for_its_driver() -> None:
         "meeting.py",
         "nccl.py",
         "exchange.py",
+        "sampling.py",
         "trace.py",
         "worker.py",
     ],
 )
 def test_what_runs_on_a_bare_gpu_machine_needs_no_ray(file: str) -> None:
-    own = ("exchange", "grammars", "shared_memory", "trace")
+    own = ("exchange", "grammars", "sampling", "shared_memory", "trace")
     allowed = BARE_MAY | {f"serving.gang.{name}" for name in own}
     assert strangers([ROOT / "serving/gang" / file], allowed) == []
 

@@ -5,7 +5,8 @@ import asyncio
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -30,7 +31,6 @@ def main() -> int:
     options = _options()
     plan = _plan(options)
     adopt_orphans()
-    signal.signal(signal.SIGTERM, _interrupt)  # servers are ended on the way out
 
     def report(outcomes: dict[str, Outcome]) -> None:
         _tell(list(outcomes.values())[-1])
@@ -38,7 +38,8 @@ def main() -> int:
 
     suite = Suite(plan, report)
     try:
-        asyncio.run(suite.run(_chosen(options)))
+        with _sigterm_interrupts():
+            asyncio.run(suite.run(_chosen(options)))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -46,8 +47,18 @@ def main() -> int:
     return 0 if all(outcome.flawless for outcome in suite.outcomes.values()) else 1
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    signal.raise_signal(signal.SIGINT)
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM is taken like Ctrl-C: servers are ended on the way out."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _options() -> argparse.Namespace:

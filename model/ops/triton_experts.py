@@ -123,14 +123,23 @@ def _product(
 
 
 @triton.jit
-def _block_and_column(most, columns, COLUMNS: tl.constexpr):
-    """A program's block and tile of columns: eight blocks meet a weight's columns together."""
+def _tile(blocks, most, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A program's expert, rows and columns, which of these there are, and whether any row is.
+
+    Eight blocks of rows meet a weight's columns together.
+    """
     tiles = (columns + COLUMNS - 1) // COLUMNS
     program = tl.program_id(0)
     group = program // (8 * tiles)
     members = tl.minimum(most - group * 8, 8)
     within = program % (8 * tiles)
-    return group * 8 + within % members, within // members
+    block = group * 8 + within % members
+    begin = tl.load(blocks + most + block)
+    end = tl.load(blocks + 2 * most + block)
+    expert = tl.load(blocks + block).to(tl.int64)
+    row = begin + tl.arange(0, ROWS)
+    column = within // members * COLUMNS + tl.arange(0, COLUMNS)
+    return expert, row, row < end, column, column < columns, begin < end
 
 
 @triton.jit
@@ -140,17 +149,10 @@ def _gated_product(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """out [M, columns] = silu(x · gate) · (x · up), in sorted order; x [N, depth] by row."""
-    block, tile = _block_and_column(most, columns, COLUMNS)
-    begin = tl.load(blocks + most + block)
-    end = tl.load(blocks + 2 * most + block)
-    if begin >= end:
+    expert, row, here, column, some, any_row = _tile(blocks, most, columns, ROWS, COLUMNS)
+    if not any_row:
         return
-    expert = tl.load(blocks + block).to(tl.int64)
-    row = begin + tl.arange(0, ROWS)
-    here = row < end
     source = (tl.load(order + row, mask=here, other=0) // top_k).to(tl.int64)
-    column = tile * COLUMNS + tl.arange(0, COLUMNS)
-    some = column < columns
     k = tl.arange(0, DEPTH)
     x_at = x + source[:, None] * depth + k[None, :]
     gate_at = weight + (expert * 2 * columns + column)[None, :] * depth + k[:, None]
@@ -187,16 +189,9 @@ def _down_product(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """out [M, columns] = x · weight, by entry; x [M, depth] in sorted order."""
-    block, tile = _block_and_column(most, columns, COLUMNS)
-    begin = tl.load(blocks + most + block)
-    end = tl.load(blocks + 2 * most + block)
-    if begin >= end:
+    expert, row, here, column, some, any_row = _tile(blocks, most, columns, ROWS, COLUMNS)
+    if not any_row:
         return
-    expert = tl.load(blocks + block).to(tl.int64)
-    row = begin + tl.arange(0, ROWS)
-    here = row < end
-    column = tile * COLUMNS + tl.arange(0, COLUMNS)
-    some = column < columns
     k = tl.arange(0, DEPTH)
     x_at = x + row.to(tl.int64)[:, None] * depth + k[None, :]
     weight_at = weight + (expert * columns + column)[None, :] * depth + k[:, None]

@@ -1,21 +1,15 @@
 """The request of `POST /v1/responses`, OpenAI's newer dialect, as a chat request."""
 
 import json
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    Tag,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, Tag, model_validator
 
-from serving.api.chat import MAX_MESSAGES, MAX_TOOLS, ChatRequest, FunctionName
-from serving.api.dialect import CallId, by_type, translated
+from serving.api.chat import MAX_TOOLS, ChatRequest, FunctionName
+from serving.api.dialect import by_type, translated
 from serving.api.errors import ApiError
 from serving.api.response_store import STORING_IS_OFF, ResponseStore
+from serving.api.responses_input import Ignored, Items, chat_messages
 from serving.api.sampling import Count
 from serving.api.strict import NO_EFFECT, Refused, Strict
 
@@ -27,8 +21,6 @@ _CHAT_NAMES = {
     "logprobs": "include",
 }
 
-Ignored = Annotated[str | None, Field(max_length=1024), NO_EFFECT]
-Status = Annotated[Literal["in_progress", "completed", "incomplete"] | None, NO_EFFECT]
 # There is no reasoning here that could be left out of an answer.
 Included = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]
 MetadataKey = Annotated[str, Field(max_length=64)]
@@ -44,76 +36,7 @@ def _echoable(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-def _as_parts(value: Any) -> Any:
-    return [{"type": "input_text", "text": value}] if isinstance(value, str) else value
-
-
-def _as_items(value: Any) -> Any:
-    return [{"role": "user", "content": value}] if isinstance(value, str) else value
-
-
-class TextPart(Strict):
-    """Text of a client, or of an earlier answer."""
-
-    type: Literal["input_text", "output_text"]
-    text: str
-    prompt_cache_breakpoint: Annotated[dict[str, Any] | None, NO_EFFECT] = None
-    annotations: Annotated[list[Any] | None, NO_EFFECT] = None
-    logprobs: Annotated[list[Any] | None, NO_EFFECT] = None
-
-
-# A string is short for one part.
-Parts = Annotated[
-    list[TextPart], BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart])
-]
 Schema = Annotated[dict[str, Any], AfterValidator(_echoable)]
-
-
-class InputMessage(Strict):
-    type: Literal["message"] = "message"
-    role: Literal["user", "assistant", "system", "developer"]
-    content: Parts
-    id: Ignored = None
-    status: Status = None
-    phase: Annotated[Literal["commentary", "final_answer"] | None, NO_EFFECT] = None
-
-
-class InputCall(Strict):
-    """A call from an earlier answer."""
-
-    type: Literal["function_call"]
-    call_id: CallId
-    name: FunctionName
-    arguments: str = Field(description="JSON")
-    id: Ignored = None
-    status: Status = None
-    caller: Annotated[None, Refused("only the model calls functions")] = None
-    namespace: Annotated[None, Refused("functions have no namespaces")] = None
-
-
-class InputResult(Strict):
-    """What a called function returned."""
-
-    type: Literal["function_call_output"]
-    call_id: CallId
-    output: Parts
-    name: Ignored = None
-    id: Ignored = None
-    status: Status = None
-    caller: Annotated[None, Refused("only the model calls functions")] = None
-    namespace: Annotated[None, Refused("functions have no namespaces")] = None
-
-
-Item = Annotated[
-    Annotated[InputMessage, Tag("message")]
-    | Annotated[InputCall, Tag("function_call")]
-    | Annotated[InputResult, Tag("function_call_output")],
-    by_type(
-        "an item may be a message, a function_call or a function_call_output; "
-        "item_reference and the items of other tools are not supported",
-        absent="message",
-    ),
-]
 
 
 class FunctionTool(Strict):
@@ -203,11 +126,7 @@ class ResponsesRequest(Strict):
     """Body of `POST /v1/responses`."""
 
     model: str = Field(max_length=256)
-    input: Annotated[
-        list[Item],
-        Field(max_length=MAX_MESSAGES),
-        BeforeValidator(_as_items, json_schema_input_type=str | list[Item]),
-    ]
+    input: Items
     instructions: str | None = None
     previous_response_id: str | None = Field(None, max_length=256)
     store: bool | None = Field(None, description="null: yes, where the server stores at all")
@@ -278,7 +197,7 @@ class ResponsesRequest(Strict):
             raise ApiError(400, message, "store")
         messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
         messages += self._past(store, tenant)
-        messages += _messages(self.input)
+        messages += chat_messages(self.input)
         same = {"model", "temperature", "top_p", "parallel_tool_calls", "stream"}
         own = {"top_k", "min_p", "repetition_penalty", "cache_salt", "priority"}
         fields = {
@@ -319,25 +238,3 @@ class ResponsesRequest(Strict):
 def _chat_tool(tool: FunctionTool) -> dict[str, Any]:
     function = tool.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
     return {"type": "function", "function": function}
-
-
-def _messages(items: Sequence[InputMessage | InputCall | InputResult]) -> list[dict[str, Any]]:
-    """Items as chat messages; calls belong to the assistant's message before them."""
-    messages: list[dict[str, Any]] = []
-    for item in items:
-        if isinstance(item, InputMessage):
-            messages.append({"role": item.role, "content": _text(item.content)})
-        elif isinstance(item, InputResult):
-            output = _text(item.output)
-            messages.append({"role": "tool", "tool_call_id": item.call_id, "content": output})
-        else:
-            function = {"name": item.name, "arguments": item.arguments}
-            call = {"id": item.call_id, "type": "function", "function": function}
-            if not messages or messages[-1]["role"] != "assistant":
-                messages.append({"role": "assistant", "tool_calls": []})
-            messages[-1].setdefault("tool_calls", []).append(call)
-    return messages
-
-
-def _text(parts: Sequence[TextPart]) -> str:
-    return "".join(part.text for part in parts)

@@ -2,18 +2,17 @@
 
 There are no phases: every sequence has positions that are known and not yet scheduled, and each
 column has a budget of tokens per step that goes to its sequences in order of importance. The
-rest of this file is where pages come from and what happens when a result comes back.
+rest of this file is who gets a place on which column, and what a result means.
 """
 
 from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass
-from operator import attrgetter
 
-from serving.engine.pages import PAGE_TOKENS, PagePool, pages_for
-from serving.engine.plan import NewSequence, RankPlan, Sample, Score, Slice, StepPlan, StepResult
+from serving.engine.column import Column, by_rank
+from serving.engine.pages import PAGE_TOKENS
+from serving.engine.plan import RankPlan, Sample, Score, StepPlan, StepResult
 from serving.engine.request import (
-    ColumnStats,
     EngineStats,
     Finish,
     FinishReason,
@@ -24,8 +23,6 @@ from serving.engine.request import (
     TokenOutput,
 )
 from serving.engine.sequence import Sequence
-
-_by_rank = attrgetter("rank_key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +54,12 @@ class Scheduler:
 
     def __init__(self, limits: EngineLimits) -> None:
         self.limits = limits
-        self._pools = [PagePool(limits.pages_per_column - 1) for _ in range(limits.columns)]
-        self._running: list[list[Sequence]] = [[] for _ in range(limits.columns)]
-        self._waiting: list[Sequence] = []  # most important first, like each of the running
+        self._columns = [
+            Column(number, limits.pages_per_column - 1) for number in range(limits.columns)
+        ]
+        self._waiting: list[Sequence] = []  # most important first, as on each column
         self._by_request: dict[str, Sequence] = {}
         self._by_id: dict[int, Sequence] = {}
-        self._forget: list[list[int]] = [[] for _ in range(limits.columns)]
         self._in_flight: dict[int, list[tuple[Sequence, int, int]]] = {}  # epoch, end position
         self._arrivals = 0
         self._steps = 0
@@ -101,7 +98,7 @@ class Scheduler:
         self._arrivals += 1
         sequence = Sequence(self._arrivals, request, self._arrivals)
         self._by_request[request.id] = self._by_id[sequence.id] = sequence
-        insort(self._waiting, sequence, key=_by_rank)
+        insort(self._waiting, sequence, key=by_rank)
 
     def cancel(self, request_id: str) -> None:
         """Ends a request at once; its pages are free when this returns. Unknown ids are over."""
@@ -112,25 +109,25 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, or None when there is nothing to compute now."""
         step = self._steps + 1
-        columns = [RankPlan(step, []) for _ in self._pools]
-        budgets = [self.limits.max_step_tokens] * len(columns)
-        for column, plan in enumerate(columns):
-            budgets[column] = self._continue(column, plan, budgets[column])
-        self._admit(columns, budgets)
-        if not any(plan.slices for plan in columns):
+        plans = [RankPlan(step, []) for _ in self._columns]
+        budgets = [self.limits.max_step_tokens] * len(plans)
+        for column, plan in zip(self._columns, plans, strict=True):
+            budgets[column.number] = self._continue(column, plan, budgets[column.number])
+        self._admit(plans, budgets)
+        if not any(plan.slices for plan in plans):
             return None
-        rows = [sum(piece.count for piece in plan.slices) for plan in columns]
-        decode = rows == [len(plan.slices) for plan in columns]
+        rows = [sum(piece.count for piece in plan.slices) for plan in plans]
+        decode = rows == [len(plan.slices) for plan in plans]
         flights = []
-        for column, plan in enumerate(columns):
+        for column, plan in zip(self._columns, plans, strict=True):
             plan.rows, plan.decode = rows, decode
-            plan.finished, self._forget[column] = self._forget[column], []
+            plan.finished = column.take_left()
             for piece in plan.slices:
                 sequence = self._by_id[piece.id]
                 flights.append((sequence, sequence.epoch, piece.start + piece.count))
         self._in_flight[step] = flights
         self._steps = step
-        return StepPlan(step, columns)
+        return StepPlan(step, plans)
 
     def complete(self, result: StepResult) -> list[Output]:
         """Takes a step's result in; returns what it gave each request.
@@ -150,7 +147,8 @@ class Scheduler:
                 sequence.computed = end
                 if sequence.id in failed:
                     continue
-                self._name_pages(sequence)
+                if self.limits.prefix_cache:
+                    self._columns[sequence.column].name_pages(sequence)
                 if not sequence.request.max_tokens and end == sequence.known:
                     self._end(sequence)
                     finish = FinishReason.LENGTH
@@ -173,24 +171,22 @@ class Scheduler:
         Returns:
             how many sequences had a place.
         """
-        placed = [sequence for running in self._running for sequence in running]
+        placed = [sequence for column in self._columns for sequence in column.restart()]
         for sequence in placed:
-            self._leave_column(sequence)
-            insort(self._waiting, sequence, key=_by_rank)
-        for column in empty_columns:
-            self._pools[column].forget()
+            insort(self._waiting, sequence, key=by_rank)
+        for number in empty_columns:
+            self._columns[number].pool.forget()
         for sequence in self._waiting:
             sequence.in_flight = 0
         self._in_flight.clear()
-        self._forget = [[] for _ in self._pools]
         return len(placed)
 
     def stats(self) -> EngineStats:
         return EngineStats(
-            running=sum(len(running) for running in self._running),
+            running=sum(len(column.running) for column in self._columns),
             waiting=len(self._waiting),
-            total_pages=sum(pool.total for pool in self._pools),
-            columns=[ColumnStats(p.held, p.remembered, p.free) for p in self._pools],
+            total_pages=sum(column.pool.total for column in self._columns),
+            columns=[column.stats for column in self._columns],
             prefix_query_tokens=self._prefix_query_tokens,
             prefix_hit_tokens=self._prefix_hit_tokens,
             preemptions=self._preemptions,
@@ -198,53 +194,50 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raises AssertionError when the books of sequences, columns and pages disagree."""
-        for column, (pool, running) in enumerate(zip(self._pools, self._running, strict=True)):
-            assert running == sorted(running, key=_by_rank), "a column is out of order"
-            assert all(sequence.column == column for sequence in running)
-            pool.check_integrity(page for sequence in running for page in sequence.pages)
-        placed = [sequence for running in self._running for sequence in running]
+        for column in self._columns:
+            column.check_integrity()
+        placed = [sequence for column in self._columns for sequence in column.running]
         everyone = sorted(sequence.id for sequence in (*placed, *self._waiting))
         assert everyone == sorted(self._by_id), "a sequence is lost or double"
         assert set(self._by_request) == {s.request.id for s in self._by_id.values()}
-        for sequence in placed:
-            assert sequence.computed <= sequence.scheduled <= sequence.known
-            assert pages_for(sequence.scheduled) <= len(sequence.pages)
-        assert self._waiting == sorted(self._waiting, key=_by_rank), "the queue is out of order"
+        assert self._waiting == sorted(self._waiting, key=by_rank), "the queue is out of order"
         for sequence in self._waiting:
             assert sequence.column == -1
             assert not sequence.pages
 
-    def _continue(self, column: int, plan: RankPlan, budget: int) -> int:
+    def _continue(self, column: Column, plan: RankPlan, budget: int) -> int:
         """Slices for running sequences; returns what is left of the budget.
 
         The sequences that can go on are shared out over the steps that can still be launched,
         so that with P stages there is work for P steps in flight.
         """
-        ready = [each for each in self._running[column] if each.known > each.scheduled]
+        ready = [each for each in column.running if each.known > each.scheduled]
         share = -(-len(ready) // max(1, self.limits.stages - len(self._in_flight)))
         for sequence in ready:
             if budget == 0 or len(plan.slices) == share:
                 break
-            if sequence.column != column:  # just lost its pages to a more important one
+            if sequence.column != column.number:  # just lost its pages to a more important one
                 continue
             count = min(sequence.known - sequence.scheduled, budget)
             count = min(count, self._room(sequence, count))
             if count:
-                self._give(sequence, count, plan)
+                plan.slices.append(sequence.give(count))
                 budget -= count
         return budget
 
     def _room(self, sequence: Sequence, count: int) -> int:
-        """How many of the next `count` positions have pages, after preempting if need be."""
-        missing = pages_for(sequence.scheduled + count) - len(sequence.pages)
-        if missing > 0:
-            pool, running = self._pools[sequence.column], self._running[sequence.column]
-            while missing > pool.available and running[-1] is not sequence:
-                self._preempt(running[-1])
-            sequence.pages += pool.take(min(missing, pool.available))
+        """How many of the next `count` positions have pages, after preempting if need be.
+
+        Who loses its pages starts over from its tokens when there is room again. A sample of it
+        that is still on its way counts: it was computed from a cache that was whole.
+        """
+        for preempted in self._columns[sequence.column].make_room(sequence, count):
+            preempted.stats.preemptions += 1
+            self._preemptions += 1
+            insort(self._waiting, preempted, key=by_rank)
         return min(count, len(sequence.pages) * PAGE_TOKENS - sequence.scheduled)
 
-    def _admit(self, columns: list[RankPlan], budgets: list[int]) -> None:
+    def _admit(self, plans: list[RankPlan], budgets: list[int]) -> None:
         """Starts waiting sequences, most important first, until one finds no place."""
         while self._waiting:
             sequence = self._waiting[0]
@@ -253,80 +246,35 @@ class Scheduler:
                 return
             del self._waiting[0]
             self._place(sequence, column)
-            new = NewSequence(
-                sequence.id,
-                list(sequence.tokens),
-                sequence.request.prompt_tokens,
-                sequence.request.sampling,
-            )
-            sequence.sent_tokens = sequence.known
-            columns[column].new.append(new)
-            count = min(sequence.known - sequence.scheduled, budgets[column])
-            self._give(sequence, self._room(sequence, count), columns[column])
-            budgets[column] -= count
+            plan = plans[column.number]
+            plan.new.append(sequence.introduce())
+            count = min(sequence.known - sequence.scheduled, budgets[column.number])
+            plan.slices.append(sequence.give(self._room(sequence, count)))
+            budgets[column.number] -= count
 
-    def _choose_column(self, sequence: Sequence, budgets: list[int]) -> int | None:
+    def _choose_column(self, sequence: Sequence, budgets: list[int]) -> Column | None:
         """The column with room where least is in the way: pages held, less pages shared."""
-        best: tuple[int, int] | None = None
-        hashes = sequence.prompt_hashes if self.limits.prefix_cache else []
-        for column, pool in enumerate(self._pools):
-            if not budgets[column] or len(self._running[column]) >= self.limits.max_sequences:
+        best: tuple[int, Column] | None = None
+        contents = self._contents(sequence)
+        for column in self._columns:
+            if not budgets[column.number] or len(column.running) >= self.limits.max_sequences:
                 continue
-            hits, unheld = pool.leading(hashes)
-            if pages_for(sequence.known + 1) - hits > pool.available - unheld:
-                continue
-            cost = pool.held - hits
-            if best is None or cost < best[0]:
+            cost = column.cost(sequence.known, contents)
+            if cost is not None and (best is None or cost < best[0]):
                 best = (cost, column)
         return None if best is None else best[1]
 
-    def _place(self, sequence: Sequence, column: int) -> None:
-        pool = self._pools[column]
-        cached: list[int] = []
-        for content in sequence.prompt_hashes if self.limits.prefix_cache else []:
-            page = pool.find(content)
-            if page is None:
-                break
-            cached.append(page)
-        sequence.place(column, cached)
-        insort(self._running[column], sequence, key=_by_rank)
+    def _place(self, sequence: Sequence, column: Column) -> None:
+        column.place(sequence, self._contents(sequence))
         if sequence.epoch == 0:
             own = sequence.request.prompt_tokens
             sequence.stats.cached_tokens = min(sequence.scheduled, own)
             self._prefix_query_tokens += sequence.known
             self._prefix_hit_tokens += sequence.scheduled
 
-    def _give(self, sequence: Sequence, count: int, plan: RankPlan) -> None:
-        """Puts the sequence's next `count` positions into the plan."""
-        end = sequence.scheduled + count
-        request = sequence.request
-        last_scored = min(end, request.prompt_tokens - 1)
-        plan.slices.append(
-            Slice(
-                sequence.id,
-                sequence.scheduled,
-                count,
-                sequence.tokens[sequence.sent_tokens :],
-                sequence.pages[sequence.sent_pages :],
-                sample=end == sequence.known and request.max_tokens > 0,
-                score=request.scored
-                and last_scored >= max(sequence.scored, sequence.scheduled + 1),
-            )
-        )
-        sequence.sent_tokens = sequence.known
-        sequence.sent_pages = len(sequence.pages)
-        sequence.scheduled = end
-        sequence.in_flight += 1
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Takes a sequence's pages; it starts over from its tokens when there is room again.
-
-        A sample that is still on its way counts: it was computed from a cache that was whole.
-        """
-        self._leave_column(sequence)
-        sequence.stats.preemptions += 1
-        self._preemptions += 1
-        insort(self._waiting, sequence, key=_by_rank)
+    def _contents(self, sequence: Sequence) -> list[bytes]:
+        """Of its leading pages, as far as they may be another's."""
+        return sequence.prompt_hashes if self.limits.prefix_cache else []
 
     def _take_score(self, sequence: Sequence, score: Score) -> list[Output]:
         """What a score says that was not known yet: a preempted sequence computes some again."""
@@ -364,21 +312,6 @@ class Scheduler:
     def _end(self, sequence: Sequence) -> None:
         del self._by_request[sequence.request.id], self._by_id[sequence.id]
         if sequence.column >= 0:
-            self._leave_column(sequence)
+            self._columns[sequence.column].remove(sequence)
         else:
             self._waiting.remove(sequence)
-
-    def _leave_column(self, sequence: Sequence) -> None:
-        column = sequence.column
-        self._running[column].remove(sequence)
-        self._pools[column].release(sequence.displace())
-        self._forget[column].append(sequence.id)
-
-    def _name_pages(self, sequence: Sequence) -> None:
-        """Pages that are computed to their end can be found by others from now on."""
-        full = sequence.computed // PAGE_TOKENS
-        if full > sequence.named and self.limits.prefix_cache:
-            hashes = sequence.chain.extend(sequence.tokens)
-            for page in range(sequence.named, full):
-                self._pools[sequence.column].remember(sequence.pages[page], hashes[page])
-            sequence.named = full

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from serving.engine.pages import PAGE_TOKENS
+from serving.engine.plan import NewSequence, Slice
 from serving.engine.prefix import HashChain
 from serving.engine.request import Request, RequestStats
 
@@ -62,6 +63,31 @@ class Sequence:
         self.named = len(cached_pages)
         self.scheduled = self.computed = self.named * PAGE_TOKENS
         self.sent_tokens = self.sent_pages = 0
+
+    def introduce(self) -> NewSequence:
+        """What its column must know before the first slice."""
+        own = self.request.prompt_tokens
+        self.sent_tokens = self.known
+        return NewSequence(self.id, list(self.tokens), own, self.request.sampling)
+
+    def give(self, count: int) -> Slice:
+        """The next `count` positions, for a step; with what the column was not told yet."""
+        end = self.scheduled + count
+        last_scored = min(end, self.request.prompt_tokens - 1)
+        piece = Slice(
+            self.id,
+            self.scheduled,
+            count,
+            self.tokens[self.sent_tokens :],
+            self.pages[self.sent_pages :],
+            sample=end == self.known and self.request.max_tokens > 0,
+            score=self.request.scored and last_scored >= max(self.scored, self.scheduled + 1),
+        )
+        self.sent_tokens = self.known
+        self.sent_pages = len(self.pages)
+        self.scheduled = end
+        self.in_flight += 1
+        return piece
 
     def displace(self) -> list[int]:
         """Leaves its column; returns the pages that it held there."""

@@ -37,7 +37,8 @@ from serving.gang.rendezvous import Rendezvous
 from serving.gang.worker import Worker
 from serving.telemetry.exporter import MetricsExporter
 from serving.telemetry.logs import get_logger
-from serving.telemetry.metrics import RankMetrics, new_registry
+from serving.telemetry.metrics import new_registry
+from serving.telemetry.rank_metrics import RankMetrics
 from serving.wire import BlockingChannel, WireError
 
 log = get_logger("rank")

@@ -10,8 +10,7 @@ can also begin again.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,41 +20,18 @@ from model.cache import LatentCache
 from model.context import Span, StepContext
 from model.graphs import DecodeGraphs
 from model.layout import Cell
-from model.sampling import SampledToken, SamplingRow, TokenCounts, sample, score
+from model.sampling import TokenCounts
 from model.stage import Stage
-from serving.engine.plan import NewSequence, RankPlan, RankResult, Sample, Score, Slice
+from serving.engine.plan import RankPlan, RankResult, Sample, Slice
 from serving.gang.exchange import StageExchange
 from serving.gang.fabric import Fabric
+from serving.gang.sampling import Resident, choose, logits_wanted
 from serving.gang.trace import StepTrace
 
 if TYPE_CHECKING:  # a bare GPU machine has no llguidance
-    from serving.gang.grammars import Grammar, Grammars
+    from serving.gang.grammars import Grammars
 
 _NO_MEMORY = "the device is out of memory: try again later, or with a shorter prompt"
-
-
-@dataclass(slots=True)
-class Resident:
-    """A sequence as its column knows it."""
-
-    tokens: list[int]
-    new: NewSequence
-    counts: TokenCounts | None = None
-    grammar: "Grammar | None" = None
-    pages: list[int] = field(default_factory=list)
-
-    @property
-    def output(self) -> list[int]:
-        return self.tokens[self.new.prompt_tokens :]
-
-    def append(self, piece: Slice) -> None:
-        self.tokens.extend(piece.tokens)
-        self.pages.extend(piece.pages)
-        if self.counts is not None:
-            for token in piece.tokens:
-                self.counts.append(token)
-        if self.grammar is not None:
-            self.grammar.append(piece.tokens)
 
 
 class Worker:
@@ -203,7 +179,7 @@ class Worker:
                 start=piece.start,
                 count=piece.count,
                 pages=self._residents[piece.id].pages,
-                logits=_logits(piece),
+                logits=logits_wanted(piece),
             )
             for piece in slices
         ]
@@ -233,7 +209,7 @@ class Worker:
         """
         while True:
             try:
-                samples, scores = self._chosen(slices, logits)
+                samples, scores = choose(self._residents, slices, logits)
             except torch.OutOfMemoryError:
                 if not slices:
                     raise
@@ -242,29 +218,6 @@ class Worker:
                 result.samples, result.scores = samples, scores
                 return slices
 
-    def _chosen(self, slices: Sequence[Slice], logits: Tensor) -> tuple[list[Sample], list[Score]]:
-        drawn: list[Slice] = []
-        rows: list[SamplingRow] = []
-        where: list[int] = []
-        scores: list[Score] = []
-        first = 0
-        for piece in slices:
-            end = first + _logits(piece)
-            if piece.score:
-                scores.append(self._score(piece, logits[first:end]))
-            if piece.sample:
-                drawn.append(piece)
-                rows.append(self._sampling_row(piece))
-                where.append(end - 1)
-            first = end
-        chosen = logits if len(where) == len(logits) else logits[where]
-        samples: list[Sample] = []
-        for piece, token in zip(drawn, sample_apart(chosen, rows), strict=True):
-            grammar = self._residents[piece.id].grammar
-            error = (grammar.error if grammar is not None else None) or token.error
-            samples.append(Sample(piece.id, token.token, token.logprob, token.top, error))
-        return samples, scores
-
     def _check(self) -> None:
         """Raises FabricError if what a peer sent did not come, which a GPU tells only now."""
         if self._column is not None:
@@ -272,51 +225,9 @@ class Worker:
         if self._exchange is not None:
             self._exchange.check()
 
-    def _sampling_row(self, piece: Slice) -> SamplingRow:
-        resident = self._residents[piece.id]
-        params = resident.new.sampling
-        return SamplingRow(
-            params,
-            position=piece.start + piece.count,
-            counts=resident.counts,
-            output=resident.output if params.restricted else (),
-            allowed=resident.grammar.allowed() if resident.grammar is not None else None,
-        )
-
-    def _score(self, piece: Slice, logits: Tensor) -> Score:
-        """How likely the prompt tokens were that follow the rows of a slice."""
-        resident = self._residents[piece.id]
-        start = piece.start + 1
-        end = min(start + piece.count, resident.new.prompt_tokens)
-        targets = resident.tokens[start:end]
-        top = resident.new.sampling.prompt_logprobs or 0
-        scored = score(logits[: len(targets)], targets, top)
-        return Score(piece.id, start, [own for own, _ in scored], [likely for _, likely in scored])
-
-
-def _logits(piece: Slice) -> int:
-    """How many rows of logits a slice wants, its last ones."""
-    return piece.count if piece.score else int(piece.sample)
-
 
 def _padded(rows: Tensor, count: int) -> Tensor:
     """Rows up to `count`; those of slices that failed are zeros."""
     if len(rows) == count:
         return rows
     return torch.cat((rows, rows.new_zeros(count - len(rows), *rows.shape[1:])))
-
-
-def sample_apart(logits: Tensor, rows: list[SamplingRow]) -> list[SampledToken]:
-    """As `sample`; but a row that makes it fail gets an error, and the others their tokens.
-
-    Halves the rows until the one is found: what a row gives does not depend on the others.
-    """
-    try:
-        return sample(logits, rows)
-    except torch.OutOfMemoryError:
-        raise  # of all rows together
-    except Exception as error:  # whatever it is, it is that row's alone
-        if len(rows) == 1:
-            return [SampledToken(0, error=f"Sampling failed: {type(error).__name__}.")]
-    half = len(rows) // 2
-    return sample_apart(logits[:half], rows[:half]) + sample_apart(logits[half:], rows[half:])

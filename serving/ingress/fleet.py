@@ -6,13 +6,11 @@ itself while the router is away. Whoever finds no engine at all waits for one, w
 """
 
 import asyncio
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 from serving.api.errors import ApiError
 from serving.config import Settings
-from serving.engine.request import FinishReason
 from serving.fleet import (
     BEAT_S,
     Condition,
@@ -26,7 +24,7 @@ from serving.fleet import (
     TokenFrame,
 )
 from serving.ingress.engine_stream import EngineStream
-from serving.ingress.inbox import EngineLost, Inbox
+from serving.ingress.inbox import Inbox, Inboxes
 from serving.router.link import RouterLink
 from serving.telemetry.logs import get_logger
 
@@ -48,7 +46,7 @@ class FleetClient:
         self._settings = settings
         self._silence_s = settings.router.silence_s
         self._streams: dict[str, EngineStream] = {}
-        self._inboxes: dict[str, Inbox] = {}
+        self._inboxes = Inboxes()
         self._pending: dict[str, tuple[LeaseRequest, asyncio.Future[str]]] = {}
         self._held: dict[str, LeaseHeld | None] = {}  # None: a place in the router's queue
         self._listed = 0  # engines that the router now connected has told of
@@ -99,8 +97,7 @@ class FleetClient:
 
     def open(self, request_id: str) -> Inbox:
         """An inbox must be open before the request is sent to an engine."""
-        inbox = self._inboxes[request_id] = Inbox()
-        return inbox
+        return self._inboxes.open(request_id)
 
     async def acquire(self, request: LeaseRequest) -> str:
         """The engine that may run the request; waits in the router's queue.
@@ -160,8 +157,7 @@ class FleetClient:
                 stream.abort()
         self._place_pending()
         most = self._settings.ingress.max_unread_tokens
-        stalled = [key for key, inbox in self._inboxes.items() if len(inbox.tokens) > most]
-        for request_id in stalled:
+        for request_id in self._inboxes.stalled(most):
             self._end_stalled(request_id)
 
     async def _watch(self) -> None:
@@ -172,9 +168,9 @@ class FleetClient:
     def _move_on(self, stream: EngineStream) -> None:
         """Another engine serves: nobody need wait for one that is silent or long under repair."""
         if self._silent(stream):
-            self._requests_lost(stream.requests, "silent")
+            self._inboxes.lose(stream.requests, "silent")
         elif stream.repairing * BEAT_S > self._settings.engine.move_after_s:
-            self._requests_lost(stream.requests, "repair")
+            self._inboxes.lose(stream.requests, "repair")
 
     def _silent(self, stream: EngineStream) -> bool:
         return stream.missed * BEAT_S > self._silence_s
@@ -311,31 +307,8 @@ class FleetClient:
         stream.stop()
 
     def _stream_lost(self, request_ids: set[str]) -> None:
-        self._requests_lost(request_ids, "lost")
-
-    def _requests_lost(self, request_ids: Iterable[str], reason: str) -> None:
-        """They go on elsewhere; whatever else comes for them from here has no inbox any more."""
-        for request_id in request_ids:
-            inbox = self._inboxes.pop(request_id, None)
-            if inbox is not None and inbox.ended is None:
-                inbox.fail(EngineLost(reason))
+        self._inboxes.lose(request_ids, "lost")
 
     def _deliver(self, frame: TokenFrame) -> None:
-        for scores in frame.scores:
-            inbox = self._inboxes.get(scores.request_id)
-            if inbox is not None:
-                inbox.push_scores(scores)
-        for token in frame.tokens:
-            inbox = self._inboxes.get(token.request_id)
-            if inbox is not None:
-                inbox.push(token)
-            if token.finish is not None:
-                self._release(token.request_id)
-        for finish in frame.ended:
-            self._release(finish.request_id)
-            if finish.reason is FinishReason.MOVED:
-                self._requests_lost((finish.request_id,), "moved")
-                continue
-            inbox = self._inboxes.get(finish.request_id)
-            if inbox is not None:
-                inbox.end(finish)
+        for request_id in self._inboxes.deliver(frame):
+            self._release(request_id)

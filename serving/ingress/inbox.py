@@ -1,10 +1,12 @@
-"""Between an engine's token stream and the one reader of a request's tokens."""
+"""Between the engines' token streams and the one reader of each request's tokens."""
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from serving.api.errors import ApiError
-from serving.engine.request import Finish, PromptScores, TokenOutput
+from serving.engine.request import Finish, FinishReason, PromptScores, TokenOutput
+from serving.fleet import TokenFrame
 
 
 class EngineLost(Exception):
@@ -85,3 +87,45 @@ class Inbox:
         """Until something comes. A bare future: an event costs three times as much a token."""
         self._reader = asyncio.get_running_loop().create_future()
         await self._reader
+
+
+class Inboxes(dict[str, Inbox]):
+    """The open ones, by their requests; what comes for others is dropped."""
+
+    def open(self, request_id: str) -> Inbox:
+        inbox = self[request_id] = Inbox()
+        return inbox
+
+    def deliver(self, frame: TokenFrame) -> list[str]:
+        """What one step gave; returns the requests that it ended at their engine."""
+        ended = []
+        for scores in frame.scores:
+            inbox = self.get(scores.request_id)
+            if inbox is not None:
+                inbox.push_scores(scores)
+        for token in frame.tokens:
+            inbox = self.get(token.request_id)
+            if inbox is not None:
+                inbox.push(token)
+            if token.finish is not None:
+                ended.append(token.request_id)
+        for finish in frame.ended:
+            ended.append(finish.request_id)
+            if finish.reason is FinishReason.MOVED:
+                self.lose((finish.request_id,), "moved")
+                continue
+            inbox = self.get(finish.request_id)
+            if inbox is not None:
+                inbox.end(finish)
+        return ended
+
+    def lose(self, request_ids: Iterable[str], reason: str) -> None:
+        """They go on elsewhere; whatever else comes for them from here has no inbox any more."""
+        for request_id in request_ids:
+            inbox = self.pop(request_id, None)
+            if inbox is not None and inbox.ended is None:
+                inbox.fail(EngineLost(reason))
+
+    def stalled(self, most: int) -> list[str]:
+        """Requests with more than so many tokens that nobody has read."""
+        return [request_id for request_id, inbox in self.items() if len(inbox.tokens) > most]

@@ -15,10 +15,10 @@ from serving.api.delta import CallDelta, Delta, Usage
 from serving.api.errors import ApiError, validation_error
 from serving.api.messages import CountTokensRequest, MessagesRequest
 from serving.api.messages_answer import MessagesAnswer, messages_error
+from tests.api.odd import SECRET, odd
 from tests.model.oracle import NANO
 
 TOKENIZER = Tokenizer.from_directory(NANO, ModelConfig.from_directory(NANO))
-SECRET = "a value that no error may repeat"
 USED = Usage(10, 4, 3)
 HI = {"role": "user", "content": "hi"}
 CACHED = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
@@ -187,22 +187,9 @@ def test_what_cannot_be_honoured_is_refused_by_name_and_not_repeated(
     assert SECRET not in error.message
 
 
-ODD = st.recursive(
-    st.one_of(
-        st.none(),
-        st.booleans(),
-        st.integers(-(2**70), 2**70),
-        st.floats(),
-        st.text(max_size=5),
-        st.sampled_from([SECRET, "text", "user", "tool_use", "tool_result"]),
-    ),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3),
-        st.dictionaries(
-            st.sampled_from(["type", "role", "content", "name", "text", "id", "input"]), inner
-        ),
-    ),
-    max_leaves=8,
+ODD = odd(
+    ["text", "user", "tool_use", "tool_result"],
+    ["type", "role", "content", "name", "text", "id", "input"],
 )
 
 

@@ -21,12 +21,12 @@ from serving.api.response_store import ResponseStore
 from serving.api.responses import ResponsesRequest
 from serving.api.responses_answer import ResponsesAnswer
 from serving.engine.request import TokenOutput
+from tests.api.odd import SECRET, odd
 from tests.model.oracle import NANO
 
 TOKENIZER = Tokenizer.from_directory(NANO, ModelConfig.from_directory(NANO))
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 LOGPROBS = "message.output_text.logprobs"
-SECRET = "a value that no error may repeat"
 USED = Usage(10, 4, 3)
 READ = {"type": "function", "name": "read", "parameters": {"type": "object"}}
 READ_IN_CHAT = {"type": "function", "function": {"name": "read", "parameters": {"type": "object"}}}
@@ -60,23 +60,9 @@ def new_store() -> ResponseStore:
     return ResponseStore(10, 100_000, 60.0, lambda: 0.0)
 
 
-ODD = st.recursive(
-    st.one_of(
-        st.none(),
-        st.booleans(),
-        st.integers(-(2**70), 2**70),
-        st.floats(),
-        st.text(max_size=5),
-        st.sampled_from([SECRET, "message", "user", "text", "function"]),
-    ),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3),
-        st.dictionaries(
-            st.sampled_from(["type", "role", "content", "name", "format", "schema", "parameters"]),
-            inner,
-        ),
-    ),
-    max_leaves=8,
+ODD = odd(
+    ["message", "user", "text", "function"],
+    ["type", "role", "content", "name", "format", "schema", "parameters"],
 )
 
 

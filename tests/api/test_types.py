@@ -12,13 +12,13 @@ from serving.api.chat import ChatRequest
 from serving.api.completions import CompletionRequest
 from serving.api.errors import ApiError, validation_error
 from serving.api.strict import Refused
+from tests.api.odd import SECRET
 
 VALID: dict[type[BaseModel], dict[str, Any]] = {
     CompletionRequest: {"model": "nano", "prompt": "x"},
     ChatRequest: {"model": "nano", "messages": [{"role": "user", "content": "x"}]},
 }
 FIELDS = [(shape, name) for shape in VALID for name in shape.model_fields]
-SECRET = "a value that no error may repeat"
 ODD = st.one_of(
     st.none(),
     st.booleans(),

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from unittest.mock import patch
 
 from model.sampling_params import SamplingParams
-from serving.engine import pages, prefix, scheduler, sequence
+from serving.engine import column, pages, prefix, scheduler, sequence
 from serving.engine.request import (
     Finish,
     FinishReason,
@@ -26,7 +26,7 @@ TENANTS = ("", "acme", "umbrella")
 def small_pages() -> Iterator[None]:
     """Inside, a page is 4 tokens, so that short sequences have many."""
     with contextlib.ExitStack() as stack:
-        for module in (pages, prefix, scheduler, sequence):
+        for module in (column, pages, prefix, scheduler, sequence):
             stack.enter_context(patch.object(module, "PAGE_TOKENS", SMALL_PAGE))
         yield
 
@@ -173,9 +173,9 @@ class Simulation:
         assert self.scheduler.idle
         totals = self.scheduler.stats()
         assert (totals.running, totals.waiting) == (0, 0)
-        for column in totals.columns:
-            assert column.held == 0
-            assert column.remembered + column.free == self.scheduler.limits.pages_per_column - 1
+        for use in totals.columns:
+            assert use.held == 0
+            assert use.remembered + use.free == self.scheduler.limits.pages_per_column - 1
         continued = any(request.generated for request in self.requests.values())
         if not (self.cancellations or continued):
             ended = self.final_stats.values()

@@ -259,7 +259,7 @@ async def test_a_leak_is_seen_when_the_engine_falls_idle() -> None:
     async with room(limits()) as it:
         it.loop.submit(request("x", [1], 1))
         await it.settle()
-        it.scheduler._pools[0].take(1)
+        it.scheduler._columns[0].pool.take(1)
         it.gang.finish()
         with pytest.raises(GangFailure, match="held by others"):
             await asyncio.wait_for(it.running, 1)

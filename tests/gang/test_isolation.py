@@ -6,8 +6,8 @@ from torch import Tensor
 
 from model.sampling import SampledToken, SamplingRow, sample
 from model.sampling_params import SamplingParams
-from serving.gang import worker
-from serving.gang.worker import sample_apart
+from serving.gang import sampling
+from serving.gang.sampling import sample_apart
 
 
 @pytest.mark.parametrize("bad", [{3}, {0}, {6}, {2, 5}, set(range(7))])
@@ -23,7 +23,7 @@ def test_a_row_that_cannot_be_sampled_fails_alone(
     logits = torch.randn(7, 50)
     rows = [SamplingRow(SamplingParams(temperature=1.0, seed=i), position=i) for i in range(7)]
     wanted = sample(logits, rows)
-    monkeypatch.setattr(worker, "sample", fails_for_some)
+    monkeypatch.setattr(sampling, "sample", fails_for_some)
     for index, got in enumerate(sample_apart(logits, rows)):
         if index in bad:
             assert got.error == "Sampling failed: RuntimeError."

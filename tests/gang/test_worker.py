@@ -12,7 +12,7 @@ from model.graphs import DecodeGraphs
 from model.sampling_params import SamplingParams
 from model.stage import Stage
 from serving.engine.request import Request
-from serving.gang import worker as workers
+from serving.gang import sampling
 from tests.gang.workers import GREEDY, Engine, call_again, requests
 
 
@@ -102,14 +102,14 @@ def test_a_step_that_runs_out_of_memory_begins_again_without_the_newest() -> Non
 def test_sampling_without_memory_fails_the_newest_too() -> None:
     some = [Request(f"r{i}", [7 + i] * 10, 6, SamplingParams(seed=i)) for i in range(3)]
     wanted, _ = Engine(2, 1).generate(some)
-    sample = workers.sample
+    sample = sampling.sample
 
     def hungry(logits: torch.Tensor, rows: Any) -> Any:
         if len(rows) > 2:
             raise torch.OutOfMemoryError("no memory for the test")
         return sample(logits, rows)
 
-    with patch.object(workers, "sample", hungry):
+    with patch.object(sampling, "sample", hungry):
         tokens, errors = Engine(2, 1, max_step_tokens=40).generate(some)
     assert list(errors) == ["r2"]
     assert tokens == wanted | {"r2": []}

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model.ops import (
@@ -18,9 +17,11 @@ from model.ops import (
     triton_rows,
     triton_sampling,
 )
-from model.quantize import Fp8Weight, fp8_per_block, fp8_per_tensor, from_fp8
+from model.quantize import Fp8Weight, fp8_per_block, fp8_per_tensor
 from model.sampling import SamplingRow, TokenCounts, choose, sample
 from model.sampling_params import SamplingParams
+from tests.model.kernels import exact
+from tests.model.kernels.exact import error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 CUDA = torch.device("cuda")
@@ -52,16 +53,6 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def error(found: Tensor, expected: Tensor) -> float:
-    """The largest error, as a share of the largest magnitude."""
-    assert found.shape == expected.shape
-    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
-
-
-def exact(weight: Weight) -> Tensor:
-    return weight.double() if isinstance(weight, Tensor) else from_fp8(weight, torch.float64)
-
-
 def case(
     rows: int, hidden: int, dtype: torch.dtype, quantize: Quantizer
 ) -> tuple[Tensor, Tensor, Tensor, Weight, Weight]:
@@ -73,17 +64,6 @@ def case(
     return torch.randn(rows, hidden).to(dtype), ids, torch.rand(rows, 6), *both
 
 
-def said(hidden: Tensor, ids: Tensor, weights: Tensor, gate_up: Weight, down: Weight) -> Tensor:
-    total = torch.zeros(hidden.shape, dtype=torch.float64)
-    for expert, (inner, outer) in enumerate(
-        zip(exact(gate_up), exact(down), strict=True), start=FIRST
-    ):
-        gate, up = (hidden.double() @ inner.T).chunk(2, -1)
-        share = (weights.double() * (ids == expert)).sum(1, keepdim=True)
-        total += share * ((F.silu(gate) * up) @ outer.T)
-    return total
-
-
 @pytest.mark.parametrize("quantize", [None, fp8_per_block, fp8_per_tensor])
 @pytest.mark.parametrize("rows", [1, 20, 60, 150, 1000])
 def test_experts_in_bf16(rows: int, quantize: Quantizer) -> None:
@@ -91,7 +71,7 @@ def test_experts_in_bf16(rows: int, quantize: Quantizer) -> None:
     packed = triton_experts.pack_experts(gate_up, down)
     out = triton_experts.weighted_experts(hidden, ids, weights, packed, FIRST)
     assert out.dtype == BF16
-    expected = said(hidden, ids, weights, gate_up, down)
+    expected = exact.weighted_experts(hidden, ids, weights, gate_up, down, FIRST)
     assert error(out, expected) <= TOLERANCES[BF16]
     if quantize is None:
         other = library.weighted_experts(hidden, ids, weights, packed, FIRST)
@@ -103,7 +83,7 @@ def test_experts_in_fp32(rows: int) -> None:
     inputs = case(rows, 200, torch.float32, None)
     packed = triton_experts.pack_experts(*inputs[3:])
     out = triton_experts.weighted_experts(*inputs[:3], packed, FIRST)
-    assert error(out, said(*inputs)) <= TOLERANCES[torch.float32]
+    assert error(out, exact.weighted_experts(*inputs, FIRST)) <= TOLERANCES[torch.float32]
 
 
 @pytest.mark.parametrize("rows", [8, 500])
@@ -126,7 +106,8 @@ def test_experts_go_into_a_graph_whoever_is_asked(rows: int, kind: object) -> No
     ids[:, 1:] = -1
     hidden.normal_()
     graph.replay()
-    assert error(out, said(hidden, ids, weights, gate_up, down)) <= 2 * TOLERANCES[BF16]
+    expected = exact.weighted_experts(hidden, ids, weights, gate_up, down, FIRST)
+    assert error(out, expected) <= 2 * TOLERANCES[BF16]
 
 
 @pytest.mark.parametrize("quantize", [fp8_per_block, fp8_per_tensor])
@@ -135,7 +116,7 @@ def test_products_with_weights_of_8_bit_floats(rows: int, quantize: Quantizer) -
     assert quantize is not None
     weight, x = quantize(torch.randn(576, 10944)), torch.randn(rows, 10944).to(BF16)
     out = triton_linear.linear(x, weight)
-    assert error(out, x.double() @ exact(weight).T) <= TOLERANCES[BF16]
+    assert error(out, x.double() @ exact.values(weight).T) <= TOLERANCES[BF16]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)

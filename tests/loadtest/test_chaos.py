@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import signal
 import sys
 from collections import Counter
 from contextlib import AbstractAsyncContextManager
@@ -310,7 +311,9 @@ def test_results_are_written_after_every_scenario_and_a_broken_one_stops_nobody(
     monkeypatch.setattr(command, "SCENARIOS", (Hopeless(), Skipped()))
     monkeypatch.setattr(command, "adopt_orphans", lambda: None)
     monkeypatch.setattr(sys, "argv", ["chaos", "--quick", "--out", str(tmp_path)])
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     assert command.main() == 1
+    assert signal.getsignal(signal.SIGTERM) is on_sigterm
     report = json.loads((tmp_path / "chaos-quick.json").read_text())
     assert report["scenarios"]["hopeless"]["broken"] == "the server did not start: no luck"
     assert report["scenarios"]["skipped"]["skipped"] == "no reason"

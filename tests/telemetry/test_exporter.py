@@ -9,7 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.parser import text_string_to_metric_families
 
 from serving.telemetry.exporter import MetricsExporter, merge_expositions
-from serving.telemetry.metrics import RankMetrics, new_registry
+from serving.telemetry.metrics import new_registry
+from serving.telemetry.rank_metrics import RankMetrics
 
 LOCAL = "127.0.0.1"
 

@@ -10,10 +10,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving.telemetry.metrics import (
     EngineMetrics,
     IngressMetrics,
-    RankMetrics,
     RouterMetrics,
     new_registry,
 )
+from serving.telemetry.rank_metrics import RankMetrics
 
 
 @dataclass

@@ -1,10 +1,15 @@
-"""Attention in fp64, one sequence after the other: what kernels and the reference approximate."""
+"""Attention and experts in fp64: what kernels and the reference approximate.
+
+Attention is one sequence after the other; every expert says something to every row.
+"""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.cache import PAGE_TOKENS
 from model.ops import reference
+from model.quantize import Fp8Weight, from_fp8
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -49,3 +54,26 @@ def attend_pages(
         found.append(attend_latents(asked[None], rows, value_dim, scale))
     out, lse = zip(*found, strict=True)
     return torch.cat(out), torch.cat(lse)
+
+
+def values(weight: Tensor | Fp8Weight) -> Tensor:
+    return weight.double() if isinstance(weight, Tensor) else from_fp8(weight, torch.float64)
+
+
+def weighted_experts(
+    hidden: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor | Fp8Weight,
+    down: Tensor | Fp8Weight,
+    first: int,
+) -> Tensor:
+    """As `ops.weighted_experts`, in fp64; of what the experts say, most counts for nothing."""
+    total = torch.zeros(hidden.shape, dtype=torch.float64)
+    for expert, (inner, outer) in enumerate(
+        zip(values(gate_up), values(down), strict=True), start=first
+    ):
+        gate, up = (hidden.double() @ inner.T).chunk(2, -1)
+        share = (weights.double() * (ids == expert)).sum(1, keepdim=True)
+        total += share * ((F.silu(gate) * up) @ outer.T)
+    return total

@@ -2,28 +2,19 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model.ops import triton_experts, triton_linear
 from model.ops.triton_sort import by_expert, most_blocks
-from model.quantize import Fp8Weight, fp8_per_block, fp8_per_tensor, from_fp8
+from model.quantize import Fp8Weight, fp8_per_block, fp8_per_tensor
+from tests.model.kernels import exact
+from tests.model.kernels.exact import error
 
 HIDDEN, INNER, HELD, FIRST = 200, 136, 5, 3  # no multiples of a tile, nor of a weight's block
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3}
 QUANTIZERS = {"block": fp8_per_block, "tensor": fp8_per_tensor}
 
 Weight = Tensor | Fp8Weight
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    """The largest error, as a share of the largest magnitude."""
-    assert found.shape == expected.shape
-    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
-
-
-def exact(weight: Weight) -> Tensor:
-    return weight.double() if isinstance(weight, Tensor) else from_fp8(weight, torch.float64)
 
 
 def experts(quantizer: str | None, dtype: torch.dtype) -> tuple[Weight, Weight]:
@@ -34,18 +25,6 @@ def experts(quantizer: str | None, dtype: torch.dtype) -> tuple[Weight, Weight]:
     if quantizer is not None:
         return tuple(QUANTIZERS[quantizer](weight) for weight in both)  # type: ignore[return-value]
     return tuple(weight.to(dtype) for weight in both)
-
-
-def said(hidden: Tensor, ids: Tensor, weights: Tensor, gate_up: Weight, down: Weight) -> Tensor:
-    """Every expert says something to every row, in fp64; most of it counts for nothing."""
-    total = torch.zeros(hidden.shape, dtype=torch.float64)
-    for expert, (inner, outer) in enumerate(
-        zip(exact(gate_up), exact(down), strict=True), start=FIRST
-    ):
-        gate, up = (hidden.double() @ inner.T).chunk(2, -1)
-        share = (weights.double() * (ids == expert)).sum(1, keepdim=True)
-        total += share * ((F.silu(gate) * up) @ outer.T)
-    return total
 
 
 def distinct(rows: int, top_k: int, start: int = 0) -> Tensor:
@@ -72,7 +51,7 @@ def test_rows_hear_the_experts_that_are_here(wishes: str, quantizer: str | None)
     gate_up, down = experts(quantizer, torch.float32)
     packed = triton_experts.pack_experts(gate_up, down)
     out = triton_experts.weighted_experts(hidden, ids, weights, packed, FIRST)
-    expected = said(hidden, ids, weights, gate_up, down)
+    expected = exact.weighted_experts(hidden, ids, weights, gate_up, down, FIRST)
     if wishes == "elsewhere":
         assert torch.equal(out, torch.zeros_like(hidden))
     else:
@@ -96,7 +75,8 @@ def test_each_form_of_weights_and_each_tile(
     packed = triton_experts.pack_experts(gate_up, down)
     out = triton_experts.weighted_experts(hidden, ids, weights, packed, FIRST)
     assert out.dtype == dtype
-    assert error(out, said(hidden, ids, weights, gate_up, down)) <= TOLERANCES[dtype]
+    expected = exact.weighted_experts(hidden, ids, weights, gate_up, down, FIRST)
+    assert error(out, expected) <= TOLERANCES[dtype]
 
 
 def test_no_rows_ask_nothing() -> None:
@@ -146,7 +126,7 @@ def test_products_with_weights_of_8_bit_floats(rows: int, quantizer: str) -> Non
     weight = QUANTIZERS[quantizer](torch.randn(150, HIDDEN))
     x = torch.randn(rows, 2 * HIDDEN)[:, ::2]
     out = triton_linear.linear(x, weight)
-    expected = x.double() @ exact(weight).T
+    expected = x.double() @ exact.values(weight).T
     assert out.dtype == x.dtype
     assert out.shape == expected.shape
     if rows:
