@@ -238,7 +238,7 @@ def loadtest(
 ) -> None:
     """Open-loop load against a server, every answer checked."""
     from deploy.loadtest import run_loadtest
-    from loadtest import LoadError, LoadPlan
+    from loadtest.runner import LoadError, LoadPlan
 
     try:
         plan = LoadPlan(

@@ -6,7 +6,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from deploy.errors import StartError, UsageError
-from loadtest import LoadError, LoadPlan, WorkloadError, run_load
+from loadtest.runner import LoadError, LoadPlan, run_load
+from loadtest.workload import WorkloadError
 
 
 def run_loadtest(plan: LoadPlan, json_path: Path | None, console: Console) -> None:

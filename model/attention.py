@@ -100,6 +100,31 @@ class Expansion(nn.Module):
         yield f"{name}.weight", Rows([part for head in by_head for part in head])
 
 
+class Projections(nn.Module):
+    """Hidden states to each head's query, and to the rows of the cache."""
+
+    def __init__(self, config: ModelConfig, form: WeightFormat) -> None:
+        super().__init__()
+        self.nope, self.latent = config.qk_nope_head_dim, config.kv_lora_rank
+        self.query = Query(config, form)
+        self.kv_a = Linear(config.hidden_size, config.latent_dim, form)
+        self.kv_norm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps, form.dtype)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """[T, hidden] to queries [T, heads, nope + rope] and rows [T, latent + rope]."""
+        query = self.query(x)
+        ops.rotate_(query[..., self.nope :], *rotation)
+        rows = self.kv_a(x)
+        rows[:, : self.latent] = self.kv_norm(rows[:, : self.latent])
+        ops.rotate_(rows[:, None, self.latent :], *rotation)
+        return query, rows
+
+    def slots(self, name: str) -> Iterator[Slot]:
+        yield from self.query.slots(name)
+        yield from self.kv_a.slots(f"{name}.kv_a_proj_with_mqa")
+        yield from self.kv_norm.slots(f"{name}.kv_a_layernorm")
+
+
 class Attention(nn.Module):
     """One layer's attention over the rows of a step and the pages of their sequences."""
 
@@ -108,9 +133,7 @@ class Attention(nn.Module):
         self.nope, self.latent = config.qk_nope_head_dim, config.kv_lora_rank
         self.heads, self.value_dim = config.num_attention_heads, config.v_head_dim
         self.scale = config.softmax_scale
-        self.query = Query(config, form)
-        self.kv_a = Linear(config.hidden_size, config.latent_dim, form)
-        self.kv_norm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps, form.dtype)
+        self.projections = Projections(config, form)
         self.expansion = Expansion(config, form.dtype)
         self.output = Linear(self.heads * self.value_dim, config.hidden_size, form)
         self.block = _EXPANDED_ELEMENTS // (self.heads * (config.qk_head_dim + self.value_dim))
@@ -124,9 +147,7 @@ class Attention(nn.Module):
             rotation: cosines and sines of the rows' positions, [T, rope / 2] fp32 each.
             cache: [pages, 64, latent + rope], or as bytes.
         """
-        query = self.query(x)  # [T, heads, nope + rope]
-        ops.rotate_(query[..., self.nope :], *rotation)
-        rows = self._cache_rows(x, rotation)
+        query, rows = self.projections(x, rotation)
         ops.write_rows(cache, context.slots, rows)
         if cache.dtype != rows.dtype:  # what is seen of a row is the same in every step
             rows = ops.read_rows(cache, context.slots, rows)
@@ -148,12 +169,6 @@ class Attention(nn.Module):
         for chunk in context.chunks:
             out[chunk.rows] = self._attend(query[chunk.rows], rows[chunk.rows], chunk, cache)
         return self.output(out.flatten(1))
-
-    def _cache_rows(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        rows = self.kv_a(x)  # [T, latent + rope]
-        rows[:, : self.latent] = self.kv_norm(rows[:, : self.latent])
-        ops.rotate_(rows[:, None, self.latent :], *rotation)
-        return rows
 
     def _absorbed(self, query: Tensor) -> Tensor:
         """[n, heads, nope + rope] to [n, heads, latent + rope]."""
@@ -185,8 +200,6 @@ class Attention(nn.Module):
         return self.expansion.release(mixed), lse
 
     def slots(self, name: str) -> Iterator[Slot]:
-        yield from self.query.slots(name)
-        yield from self.kv_a.slots(f"{name}.kv_a_proj_with_mqa")
-        yield from self.kv_norm.slots(f"{name}.kv_a_layernorm")
+        yield from self.projections.slots(name)
         yield from self.expansion.slots(f"{name}.kv_b_proj")
         yield from self.output.slots(f"{name}.o_proj")

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model import ops
 from model.cache import DUMMY_PAGE, PAGE_TOKENS
 from model.context import DecodeRows, Span, StepContext
 
@@ -170,6 +171,7 @@ class DecodeGraphs:
         recorded.pages.copy_(self._sent(tables), non_blocking=True)
         if self._hidden is not None and isinstance(inputs, Tensor) and count:
             self._hidden[:count] = inputs[recorded.numbers[_ORDER, :count]]
+        ops.plan_pages(recorded.pages, recorded.numbers[_LENGTHS], kept=True)
         recorded.replay()
         if not count:
             return self._out[: 0 if self._selects else 1].clone()
@@ -199,6 +201,8 @@ class DecodeGraphs:
         )
         inputs = numbers[_IDS] if self._hidden is None else self._hidden[:bucket]
         out = self._out[:bucket]  # one for all graphs, so that their pool has to keep nothing
+
+        ops.plan_pages(pages, numbers[_LENGTHS], kept=True)
 
         def step() -> None:
             out.copy_(self._forward(inputs, context))

@@ -1,6 +1,6 @@
 """Mixture of experts: who says something to a row, what they say, and what all say."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -34,6 +34,7 @@ class LocalExperts(nn.Module):
         self.down = Matrix(hidden, inner, form, count=len(held))
         self._quantize = "int8" if form.quantize == "int8" else None
         self._packed: ops.Experts = None
+        self._plain = False
 
     def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum over those of each row's experts that live here.
@@ -46,11 +47,27 @@ class LocalExperts(nn.Module):
         Returns:
             [N, hidden] in hidden's dtype.
         """
-        return ops.weighted_experts(hidden, ids, weights, self._packed, self.first)
+        return self.by(ops.weighted_experts, hidden, ids, weights)
+
+    def by(
+        self,
+        weighted_experts: Callable[..., Tensor],
+        hidden: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+    ) -> Tensor:
+        """The same, computed by a given implementation."""
+        return weighted_experts(hidden, ids, weights, self._packed, self.first)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the weights are in no fewer bits than what they are computed with."""
+        return self._plain
 
     def pack(self) -> None:
         """Brings the weights into the device's favourite form; nothing can be loaded then."""
         both = self.gate_up.take(), self.down.take()
+        self._plain = self._quantize is None and all(isinstance(each, Tensor) for each in both)
         self._packed = ops.pack_experts(*both, self._quantize, self._share)
 
     def slots(self, name: str) -> Iterator[Slot]:

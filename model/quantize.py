@@ -64,6 +64,12 @@ def fp8_per_tensor(weight: Tensor) -> Fp8Weight:
     return Fp8Weight(_rounded(weight, scale[..., None, None]), scale)
 
 
+def fp8_by_row(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [T, D] in 8-bit floats, a row's largest magnitude being 448, and their scales [T]."""
+    scale = _scale(rows.abs().amax(-1))
+    return _rounded(rows, scale[:, None]), scale
+
+
 def by_block(weight: Fp8Weight) -> Fp8Weight:
     """The same weights with a scale for each block, if they have but one."""
     if weight.by_block:

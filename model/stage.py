@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import ops
 from model.attention import Attention, Expansion
 from model.cache import LatentCache
 from model.config import CheckpointError, ModelConfig
@@ -89,7 +90,8 @@ class Stage(nn.Module):
     default everywhere but on CPUs: there they are widened to `dtype` when they are loaded.
 
     Attributes:
-        dtype: of the hidden states.
+        dtype: of the hidden states, and `width`, of one of them.
+        rope: cosines and sines of positions.
     """
 
     def __init__(
@@ -123,10 +125,10 @@ class Stage(nn.Module):
                 Layer(config, feed_forward(layer), form) for layer in layout.layers(cell.stage)
             )
             self.head = Head(config, dtype) if layout.has_head(cell.stage) else None
-        self.dtype = dtype
+        self.dtype, self.width = dtype, config.hidden_size
         self._cell = cell
         self._first_layer = layout.layers(cell.stage).start
-        self._rope = Rope(config.rope, config.qk_rope_head_dim, device)
+        self.rope = Rope(config.rope, config.qk_rope_head_dim, device)
         self._slots = dict(self._all_slots())
         self._missing = set(self._slots)
 
@@ -186,8 +188,10 @@ class Stage(nn.Module):
             Hidden states [T, hidden]; on the last stage logits [S, vocabulary] fp32 of the
             context's `logit_rows`.
         """
+        if context.decode is not None:
+            ops.plan_pages(context.decode.pages, context.decode.lengths)
         x = inputs if self.embedding is None else self.embedding(inputs)  # [T, hidden]
-        rotation = self._rope(context.positions)
+        rotation = self.rope(context.positions)
         for index, layer in enumerate(self.layers):
             x = layer(x, rotation, context, cache.layer(index))
         return x if self.head is None else self.head(x[context.logit_rows])

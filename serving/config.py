@@ -96,12 +96,20 @@ class GangSettings(_Settings):
         description="auto: as the model; fp8: latents in 8-bit floats, 656 bytes a token and layer "
         "instead of 1,152, for twice the tokens nearly",
     )
-    kernels: Literal["auto", "reference", "triton", "library"] = Field(
+    kernels: Literal["auto", "reference", "triton", "library", "flash_mla", "flashinfer"] = Field(
         "auto",
-        description="what computes: auto: the fastest that the device has (triton on GPUs); "
-        "reference: plain torch; triton: our own kernels, an error where they cannot run; "
-        "library: these, but for torch's grouped product for the experts, torch's flash "
-        "attention for prompts and, if it is installed, FlashMLA for decode",
+        description="what computes: auto: what is the fastest; on GPUs our own kernels, unless a "
+        "library that is there turns out to be faster when the rank starts; reference: plain "
+        "torch; triton: our own kernels, an error where they cannot run; library: these, but for "
+        "torch's grouped products for the experts, torch's flash attention for prompts and, if it "
+        "is installed, FlashMLA for decode; flash_mla, flashinfer: our own, but for decode by that "
+        "package, an error without it",
+    )
+    compile: Literal["off", "on"] = Field(
+        "off",
+        description="on: torch.compile for what is dense: projections, norms and feed-forwards, in "
+        "bf16 or fp32. Starting takes longer. What cannot be compiled is logged with the reason, "
+        "and computed as with off",
     )
     start_timeout_s: float = Field(3600.0, gt=0, description="from launch to weights loaded")
     step_timeout_s: float = Field(

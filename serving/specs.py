@@ -95,6 +95,7 @@ def rank_specs(settings: Settings, host: str, port: int, device: str) -> list[Ra
             longest=_longest(settings, config),
             graphs=gpus and gang.graphs == "auto",
             kernels=gang.kernels,
+            compile=gang.compile == "on",
         )
         for stage in range(gang.stages)
         for rank in range(gang.expert_parallel)

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STANDARD = set(sys.stdlib_module_names)
 MODEL_MAY = {"model", "numpy", "torch", "triton", "safetensors", "tokenizers", "transformers"}
+MODEL_MAY_IF_INSTALLED = {"triton", "flash_mla", "flashinfer.mla"}
 ENGINE_MAY = {"model.sampling_params", "serving.engine"}
 BARE_MAY = {"model", "torch", "cupy", "serving.gang.fabric", "serving.engine"}
 FORBIDDEN = {"pickle", "cloudpickle", "marshal", "shelve", "dill"}
@@ -45,6 +46,15 @@ def test_model_imports_tensors_only() -> None:
     assert strangers(sources("model"), MODEL_MAY) == []
 
 
+def test_other_peoples_kernels_are_options_that_model_imports_by_name() -> None:
+    found = set()
+    for path in sources("model"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "importlib.import_module":
+                found.update(a.value for a in node.args if isinstance(a, ast.Constant))
+    assert found == MODEL_MAY_IF_INSTALLED
+
+
 def test_engine_is_plain_python_but_for_its_driver() -> None:
     paths = [path for path in sources("serving/engine") if path.name != "driver.py"]
     assert strangers(paths, ENGINE_MAY) == []
@@ -60,6 +70,7 @@ def test_engine_is_plain_python_but_for_its_driver() -> None:
         "exchange.py",
         "sampling.py",
         "trace.py",
+        "contests.py",
         "worker.py",
     ],
 )

@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from loadtest.gpu.figure import ATTEND_16, ATTEND_128, ATTEND_ERROR, Figure
 from loadtest.gpu.timing import median_seconds
 from model import ops
 from model.cache import PAGE_TOKENS
+from model.ops.contest import unfit
 from model.quantize import fp8_row_bytes
 
 _BF16 = torch.bfloat16
@@ -96,12 +96,17 @@ def measure(device: torch.device, tiny: bool) -> Iterator[Figure]:
 
 
 def _by_libraries(device: torch.device) -> Iterator[Figure]:
-    """The same by kernels that are not ours; without FlashMLA its figure is left out."""
-    ops.choose(device.type, "library", ["attend", "attend_pages"])
+    """The same by kernels that are not ours; figures of those that are not there are left out."""
+    ops.choose(device.type, "library", ["attend"])
     yield _chunk(16, 8192, ", torch's flash attention", device)
-    if find_spec("flash_mla") is not None:
-        yield from _decode(f"{ATTEND_128}, FlashMLA", Decode(128, 64, 8192), device)
-    ops.choose(device.type, "auto", ["attend", "attend_pages"])
+    ops.choose(device.type, "auto", ["attend"])
+    decode = ["plan_pages", "attend_pages"]
+    for kind, name in (("flash_mla", "FlashMLA"), ("flashinfer", "FlashInfer")):
+        if unfit(kind, device) is None:
+            ops.choose(device.type, kind, decode)
+            yield from _decode(f"{ATTEND_128}, {name}", Decode(128, 64, 8192), device)
+            yield from _decode(f"{ATTEND_16}, {name}", Decode(16, 64, 8192), device)
+            ops.choose(device.type, "auto", decode)
 
 
 def _decode(name: str, case: Decode, device: torch.device) -> Iterator[Figure]:

@@ -6,8 +6,10 @@ decided once for each device (`model.ops.choice`), and the device is that of the
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from model.ops import reference
 from model.ops.choice import choose as choose
 from model.ops.choice import implementations
 from model.quantize import Fp8Weight
@@ -17,6 +19,8 @@ Experts = Any
 
 
 def _run(name: str, first: Tensor | Fp8Weight, *rest: Any) -> Any:
+    if torch.compiler.is_compiling():  # plain torch is what a compiler can fuse
+        return getattr(reference, name)(first, *rest)
     return implementations(first.device.type)[name](first, *rest)
 
 
@@ -132,6 +136,17 @@ def attend_latents(
         Outputs [n, heads, value_dim] in query's dtype, and log-sum-exp [n, heads] fp32.
     """
     return _run("attend_latents", query, latents, value_dim, scale)
+
+
+def plan_pages(pages: Tensor, lengths: Tensor, kept: bool = False) -> None:
+    """Tells who plans its work that these tables, as `attend_pages` takes them, are new.
+
+    To be called before the first `attend_pages` with them, which may count on it.
+
+    Args:
+        kept: the tensors stay where they are, a graph's: they will come again with other numbers.
+    """
+    _run("plan_pages", pages, lengths, kept)
 
 
 def attend_pages(

@@ -1,9 +1,10 @@
 """Which implementation of an operation runs on a device.
 
 Implementations come in *kinds*: "reference" is plain torch, "cpu" what CPUs do faster, "triton"
-our own kernels for GPUs, "library" these but for what torch's libraries do too. A kind is a few
-modules, and lacks some operations; for those the reference is taken. A device has kinds that it
-prefers; another one can be forced.
+our own kernels for GPUs; "library" these but for what torch's libraries do too, "flash_mla" and
+"flashinfer" these but for decode by the packages of those names. A kind is a few modules, and lacks
+some operations; for those the reference is taken. A device has kinds that it prefers; another one
+can be forced, for some operations or for all.
 """
 
 import importlib
@@ -30,6 +31,7 @@ OPERATIONS = (
     "read_rows",
     "attend",
     "attend_latents",
+    "plan_pages",
     "attend_pages",
     "merge",
     "route",
@@ -54,8 +56,11 @@ _MODULES = {
     REFERENCE: ("reference",),
     "cpu": ("cpu",),
     "triton": _TRITON,
-    "library": ("library", "library_attention", *_TRITON),
+    "library": ("library", "library_attention", "library_flash_mla", *_TRITON),
+    "flash_mla": ("library_flash_mla", *_TRITON),
+    "flashinfer": ("library_flashinfer", *_TRITON),
 }
+_PACKAGES = {"triton", "flash_mla", "flashinfer"}  # which are called as their kinds
 _PREFERRED = {"cpu": ("cpu",), "cuda": ("triton",)}
 
 _log = logging.getLogger("expertline.ops")
@@ -76,6 +81,8 @@ def choose(device: str, kind: str, operations: Collection[str] = OPERATIONS) -> 
         raise ValueError(f"no operation is called {', '.join(sorted(unknown))}")
     if kind != "auto":
         modules_of(kind)
+        if not installed(kind):
+            raise ModuleNotFoundError(f"the package {kind} is not installed")
     if kind == "triton" and device == "cpu" and not _interpreted():
         raise ValueError("Triton runs on CPUs only with TRITON_INTERPRET=1, and slowly")
     for operation in operations:
@@ -92,7 +99,7 @@ def _interpreted() -> bool:
 @cache
 def implementations(device: str) -> dict[str, Implementation]:
     """What runs on a device, by operation; logged when it is decided, which is on first use."""
-    chosen = {operation: _chosen(operation, device) for operation in OPERATIONS}
+    chosen = {operation: chosen_for(operation, device) for operation in OPERATIONS}
     by_kind: dict[str, list[str]] = {}
     for operation, (kind, _) in chosen.items():
         by_kind.setdefault(kind, []).append(operation)
@@ -101,17 +108,30 @@ def implementations(device: str) -> dict[str, Implementation]:
     return {operation: implementation for operation, (_, implementation) in chosen.items()}
 
 
-def _chosen(operation: str, device: str) -> tuple[str, Implementation]:
+def chosen_for(operation: str, device: str) -> tuple[str, Implementation]:
+    """The kind that runs for an operation on a device, and what it runs."""
     forced = _forced.get((device, operation))
     kinds = _preferred(device) if forced is None else (forced,)
     for kind in (*kinds, REFERENCE):
-        for module in modules_of(kind):
-            implementation = getattr(module, operation, None)
-            # What a module has imported for its own use it does not offer.
-            own = kind == REFERENCE or getattr(implementation, "__module__", "") == module.__name__
-            if implementation is not None and own:
-                return kind, implementation
+        if (implementation := offered(kind, operation)) is not None:
+            return kind, implementation
     raise NotImplementedError(operation)
+
+
+def offered(kind: str, operation: str) -> Implementation | None:
+    """What a kind has for an operation."""
+    for module in modules_of(kind):
+        implementation: Implementation | None = getattr(module, operation, None)
+        # What a module has imported for its own use it does not offer.
+        own = kind == REFERENCE or getattr(implementation, "__module__", "") == module.__name__
+        if implementation is not None and own:
+            return implementation
+    return None
+
+
+def installed(kind: str) -> bool:
+    """Whether the package that a kind is named for is there; others need none."""
+    return kind not in _PACKAGES or importlib.util.find_spec(kind) is not None
 
 
 @cache

@@ -124,6 +124,10 @@ def attend_latents(
     return out.to(query.dtype), scores.logsumexp(-1)
 
 
+def plan_pages(pages: Tensor, lengths: Tensor, kept: bool = False) -> None:
+    """There is nothing to plan."""
+
+
 def attend_pages(
     query: Tensor, cache: Tensor, pages: Tensor, lengths: Tensor, value_dim: int, scale: float
 ) -> Tensor:

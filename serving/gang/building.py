@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from model import ops
 from model.cache import PAGE_TOKENS, LatentCache
 from model.config import ModelConfig
 from model.graphs import Capture, DecodeGraphs, bucket_sizes
@@ -20,6 +19,7 @@ from serving.gang.decode import decode_graphs
 from serving.gang.exchange import EXCHANGES, StageExchange
 from serving.gang.fabric import Fabric
 from serving.gang.grammars import Grammars
+from serving.gang.kernels import compile_stage, fastest_kernels, force_kernels
 from serving.gang.loading import load_stage
 from serving.gang.memory import (
     CudaMemory,
@@ -61,8 +61,11 @@ def build_worker(
     exchange: StageExchange | None = None
     if peers is not None:
         exchange = EXCHANGES[spec.exchange](peers, config.n_routed_experts)
-    ops.choose(spec.device, spec.kernels)
+    force_kernels(spec)
     stage = load_stage(spec, config, exchange or LocalExchange(), tell)
+    if spec.device != "cpu":
+        fastest_kernels(spec, config, stage)
+    compile_stage(spec, stage)
     layers, dtype = len(stage.layers), getattr(torch, spec.dtype)
     cache_dtype = FP8 if spec.cache_dtype == "fp8" else dtype
     pages, reserve = spec.pages, None

@@ -37,7 +37,8 @@ class RankSpec:
     sequences: int = 256
     longest: int = 0  # tokens of the longest sequence
     graphs: bool = False  # of decode steps
-    kernels: str = "auto"  # auto (what the device prefers), reference, triton or library
+    kernels: str = "auto"  # auto (what is the fastest there), or a kind of `model.ops.choice`
+    compile: bool = False  # what is dense
 
     @property
     def cell(self) -> str:

@@ -20,6 +20,7 @@ from loadtest.gpu.report import Outcome, as_json, as_markdown
 from model.context import Span, StepContext
 
 CPU = torch.device("cpu")
+ROOT = command.ROOT
 WHERE: dict[str, Any] = {"device": "a GPU", "python": "3", "versions": {"torch": "2"}}
 
 
@@ -54,6 +55,34 @@ def test_the_script_says_what_is_missing_without_a_gpu(tmp_path: Path) -> None:
     done = subprocess.run([script], env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 1
     assert "sees no CUDA device" in done.stderr
+
+
+def bare(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a module where the serving stack's packages are not to be found."""
+    command = [sys.executable, "tests/gpu/bare.py", *arguments]
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "ALSO_ABSENT": "pydantic rich typer",
+    }  # fmt: skip
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+    )
+
+
+def test_a_machine_without_the_serving_stack_runs_the_benchmark(tmp_path: Path) -> None:
+    parts = [word for part in PARTS if not part.tests for word in ("--only", part.name)]
+    done = bare("loadtest.gpu", "--device", "cpu", "--out", str(tmp_path), "--seconds", "0", *parts)
+    assert "no time was left" in (tmp_path / "gpu.md").read_text(), done.stderr
+    done = bare("loadtest.gpu.lite")  # which does nothing but its imports, the most of any part
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_machine_without_the_serving_stack_collects_the_tests() -> None:
+    files = [word for part in PARTS for word in part.tests]
+    done = bare("pytest", "-p", "no:cacheprovider", "-q", "--collect-only", *files)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "test_the_exchange_goes_into_a_graph" not in done.stdout  # -k nccl
+    assert "test_fabric.py" in done.stdout
 
 
 def test_all_parts_together_keep_to_nine_minutes() -> None:

@@ -8,7 +8,8 @@ import pytest
 from fastapi.responses import JSONResponse, StreamingResponse
 from rich.console import Console
 
-from loadtest import LoadError, LoadPlan, LoadReport, run_load
+from loadtest.report import LoadReport
+from loadtest.runner import LoadError, LoadPlan, run_load
 from tests.loadtest.stub import GOOD, Stub, chunk, running, usage
 
 

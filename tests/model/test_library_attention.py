@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from model.cache import PAGE_TOKENS
-from model.ops import library_attention, reference
+from model.ops import library_attention, library_flash_mla, reference
 
 BF16 = torch.bfloat16
 
@@ -68,11 +68,11 @@ def test_pages_have_the_form_that_flash_mla_takes(monkeypatch: pytest.MonkeyPatc
         get_mla_metadata=lambda lengths, queries, keys: ("plan", None),
         flash_mla_with_kvcache=flash_mla_with_kvcache,
     )
-    monkeypatch.setattr(library_attention, "_flash_mla", lambda: library)
+    monkeypatch.setattr(library_flash_mla, "_flash_mla", lambda: library)
     cache = torch.randn(5, PAGE_TOKENS, 576, dtype=BF16)
     query, pages = torch.randn(2, 16, 576, dtype=BF16), torch.tensor([[3, 1], [2, 0]])
     inputs = (query, cache, pages, torch.tensor([100, 64]), 512, 0.05)
-    assert torch.equal(library_attention.attend_pages(*inputs), reference.attend_pages(*inputs))
+    assert torch.equal(library_flash_mla.attend_pages(*inputs), reference.attend_pages(*inputs))
 
 
 @pytest.mark.parametrize("installed", [True, False])
@@ -80,15 +80,15 @@ def test_what_flash_mla_does_not_take_or_is_not_there_for_is_left_to_our_own(
     installed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        library_attention, "_flash_mla", lambda: SimpleNamespace() if installed else None
+        library_flash_mla, "_flash_mla", lambda: SimpleNamespace() if installed else None
     )
     asked = []
     monkeypatch.setattr(
-        library_attention.triton_latents, "attend_pages", lambda *inputs: asked.append(inputs)
+        library_flash_mla.triton_latents, "attend_pages", lambda *inputs: asked.append(inputs)
     )
     width, dtype = (48, torch.float32) if installed else (576, BF16)
     cache, query = (torch.zeros(shape, dtype=dtype) for shape in ((2, 64, width), (1, 4, width)))
-    library_attention.attend_pages(
+    library_flash_mla.attend_pages(
         query, cache, torch.ones(1, 1), torch.ones(1), width - 16 if installed else 512, 1.0
     )
     assert len(asked) == 1
