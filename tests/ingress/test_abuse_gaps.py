@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.ingress.abuse import BODIES, BY_NAME, Gap, ask, disturbed
+from tests.ingress.abuse import ATTEMPTS, BODIES, BY_NAME, Gap, ask, disturbed
 from tests.ingress.stack import Stack
 
 LONGEST_GAP_S = 0.5  # 0.05 s is the aim, the rest is for a busy machine
-ATTEMPTS = 3  # likewise
 ROOMY = 1_000_000  # tokens of context
 
 CODE = "def read(self, x):\n    return self.value + 1\n" * 24_000
