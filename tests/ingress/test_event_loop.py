@@ -55,17 +55,17 @@ async def test_the_loop_goes_round_while_a_long_request_is_prepared(name: str) -
     body = json.dumps(fields if path == "/tokenize" else {"model": "nano", **fields}).encode()
     async with stack(SCRIPT, engine_tokens=1_000_000) as it:
         await it.http.post("/v1/completions", json=COMPLETION)
-        gaps: list[float] = []
-        while not gaps or (gaps[-1] > BOUND_S and len(gaps) < ATTEMPTS):
+        gaps: list[Gap] = []
+        while not gaps or not (gaps[-1].within(BOUND_S) or len(gaps) == ATTEMPTS):
             async with Gap() as gap:
                 beside = asyncio.create_task(it.http.post("/v1/completions", json=COMPLETION))
                 response = await it.http.post(path, content=body)
             assert response.status_code == 200
             assert (await beside).json()["choices"][0]["text"] == TEXT
-            gaps.append(gap.seconds)
+            gaps.append(gap)
             print(f"\n{name}: longest gap {gap.seconds * 1e3:.1f} ms")
         await it.quiet()
-    assert min(gaps) < BOUND_S
+    assert gaps[-1].within(BOUND_S), gaps
 
 
 async def test_a_prompt_that_is_far_too_long_is_refused_early() -> None:
