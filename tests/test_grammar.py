@@ -64,7 +64,7 @@ NASTY = {
 
 @pytest.mark.parametrize("source", NASTY.values(), ids=NASTY)
 def test_a_nasty_grammar_is_compiled_or_refused_in_time(source: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     try:
         matcher = COMPILER.compile(source)
         for _ in range(3):  # and its first steps are as bounded as its compilation
@@ -74,7 +74,7 @@ def test_a_nasty_grammar_is_compiled_or_refused_in_time(source: str) -> None:
                 break
     except GrammarError:
         assert len(source) <= MAX_GRAMMAR_BYTES
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_special_tokens_are_no_text() -> None:

@@ -122,7 +122,8 @@ async def test_a_stream_has_a_beat_that_says_what_the_engine_is_about(engine: En
     beats = [await receive(ingress) for _ in range(3)]
     assert beats == [EngineBeat(Condition.SERVING)] * 3
     engine.streams.condition = Condition.DRAINING
-    assert await receive(ingress) == EngineBeat(Condition.DRAINING)
+    while await receive(ingress) != EngineBeat(Condition.DRAINING):
+        pass  # one may have been under way
     late = await engine.ingress("late")
     assert await receive(late) == EngineBeat(Condition.DRAINING)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 _POLL_S = 0.02
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     """Returns once the condition holds; TimeoutError if it does not in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():

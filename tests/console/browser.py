@@ -14,8 +14,8 @@ from typing import Any
 from websockets.sync.client import ClientConnection, connect
 
 CHROMIUM = shutil.which("chromium")
-_START_S = 60.0
-_WAIT_S = 20.0
+_START_S = 120.0
+_WAIT_S = 60.0
 _POLL_S = 0.02
 _FLAGS = (
     "--headless=new",

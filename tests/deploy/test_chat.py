@@ -21,7 +21,7 @@ import pytest
 
 from tests.scripted_api import Scripted, ScriptedApi, scripted_api
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 CTRL_C = "\x03"
 CTRL_D = "\x04"
 UP = "\x1b[A"

@@ -25,7 +25,7 @@ NANO = Path(__file__).parents[2] / "model" / "nano" / "checkpoint"
 
 
 def expertline(
-    *arguments: str, timeout_s: float = 120, **more: str
+    *arguments: str, timeout_s: float = 600, **more: str
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from deploy.cli import main; main()", *arguments]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | more

@@ -210,7 +210,7 @@ async def test_a_lost_gang_fails_every_request_and_ends_the_loop() -> None:
         await it.settle()
         it.gang.fail("rank 1.0 is gone")
         with pytest.raises(GangFailure, match=r"rank 1\.0 is gone"):
-            await asyncio.wait_for(it.running, 1)
+            await asyncio.wait_for(it.running, 30)
         assert all(isinstance(output, Finish) for output in it.batches[-1])
         assert set(it.last) == {"running", "in prefill", "waiting"}
         for finish in it.last.values():
@@ -230,14 +230,14 @@ async def test_a_gang_that_is_lost_with_its_pipeline_full_ends_the_loop(stages: 
         assert it.gang.in_flight == stages
         it.gang.fail("gone")
         with pytest.raises(GangFailure, match="gone"):
-            await asyncio.wait_for(it.running, 1)
+            await asyncio.wait_for(it.running, 30)
 
 
 async def test_a_gang_that_is_lost_while_idle_ends_the_loop() -> None:
     async with room(limits()) as it:
         it.gang.fail("gone")
         with pytest.raises(GangFailure, match="gone"):
-            await asyncio.wait_for(it.running, 1)
+            await asyncio.wait_for(it.running, 30)
         with pytest.raises(GangFailure):
             it.loop.submit(request("x", [1], 1))
 
@@ -249,7 +249,7 @@ async def test_results_that_came_before_the_loss_are_emitted_first() -> None:
         it.gang.finish()
         it.gang.fail("gone")
         with pytest.raises(GangFailure):
-            await asyncio.wait_for(it.running, 1)
+            await asyncio.wait_for(it.running, 30)
         first, last = it.batches
         assert isinstance(first[0], TokenOutput)
         assert isinstance(last[0], Finish)
@@ -262,7 +262,7 @@ async def test_a_leak_is_seen_when_the_engine_falls_idle() -> None:
         it.scheduler._columns[0].pool.take(1)
         it.gang.finish()
         with pytest.raises(GangFailure, match="held by others"):
-            await asyncio.wait_for(it.running, 1)
+            await asyncio.wait_for(it.running, 30)
         with pytest.raises(GangFailure):
             it.loop.submit(request("late", [1], 1))
 
@@ -296,6 +296,6 @@ async def test_many_clients_get_their_tokens(stages: int) -> None:
                 del wanted[gone]
             for _ in range(random.randint(0, 40)):
                 await asyncio.sleep(0)
-        await asyncio.wait_for(it.until_idle(), 20)
+        await asyncio.wait_for(it.until_idle(), 60)
         for id, one in wanted.items():
             assert it.tokens(id) == undisturbed(one).tokens

@@ -17,7 +17,7 @@ from serving.gang.shared_memory import SharedMemoryFabric
 from tests.gang import fake_nccl
 
 Result = TypeVar("Result")
-TIMEOUT_S = 20.0
+TIMEOUT_S = 120.0
 
 
 def gloo_group(size: int, timeout_s: float = TIMEOUT_S) -> list[GlooFabric]:

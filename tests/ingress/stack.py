@@ -256,6 +256,7 @@ async def stack(
     engine_tokens: int = 4096,
     model: dict[str, Any] | None = None,
     engines: tuple[str, ...] = ("engine",),
+    queue_timeout_s: float = 60.0,
     **ingress: Any,
 ) -> AsyncIterator[Stack]:
     settings = Settings.model_validate(
@@ -263,7 +264,7 @@ async def stack(
             "internal_host": HOST,
             "model": model or {},
             "ingress": ingress,
-            "router": {"queue_timeout_s": 2},
+            "router": {"queue_timeout_s": queue_timeout_s},
         }
     )
     router = await new_router()

@@ -6,7 +6,7 @@ what took longest.
 """
 
 import json
-import time
+from threading import Event
 from typing import Any
 
 import pytest
@@ -255,7 +255,9 @@ def test_arguments_of_an_earlier_call_may_be_any_text(label: str) -> None:
 def test_whose_grammar_waits_for_others_may_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(restrictions, "_TURN_TIMEOUT_S", 0.1)
     with serving() as server:
-        server.it.service._restrictions._pool.submit(time.sleep, 3)
+        others = Event()
+        server.it.service._restrictions._pool.submit(others.wait)
         body = with_value("completions", "guided_regex", '"a"')
         reply = server.do(ask(server.it.app, "/v1/completions", body))
+        others.set()
         assert reply.status == 503

@@ -170,7 +170,7 @@ async def test_without_the_router_an_ingress_chooses_by_itself() -> None:
 
 
 async def test_without_engines_nothing_is_ready() -> None:
-    async with stack(SCRIPT, engine_joins=False) as it:
+    async with stack(SCRIPT, engine_joins=False, queue_timeout_s=0.2) as it:
         assert (await it.http.get("/livez")).status_code == 200
         assert (await it.http.get("/readyz")).status_code == 503
         response = await it.http.post("/v1/completions", json=COMPLETION)

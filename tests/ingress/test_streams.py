@@ -79,7 +79,7 @@ async def test_a_client_that_leaves_a_stream_ends_the_engines_work(spec: str, ch
         begun = "expertline_request_ttft_seconds_count"
         await until(lambda: it.registry.get_sample_value(begun) == choices)
         client.gone.set()
-        await asyncio.wait_for(client.served, 5)
+        await asyncio.wait_for(client.served, 30)
         await until(lambda: len(it.engine.cancelled) == choices)
         await it.quiet()
         assert disconnects(it, "decode") == choices
@@ -93,7 +93,7 @@ async def test_a_stream_that_is_never_read_leaves_nothing(spec: str) -> None:
         it.engine.hang_after = 0
         client = Client(it, spec, COMPLETION | {"stream": True})
         client.gone.set()
-        await asyncio.wait_for(client.served, 5)
+        await asyncio.wait_for(client.served, 30)
         await it.quiet()
         assert disconnects(it, "prefill") == 1
         assert not client.chunks or spec == "2.3"
@@ -103,7 +103,7 @@ async def test_a_client_that_leaves_before_its_body_is_complete_is_nobodys_error
     async with stack(SCRIPT) as it:
         client = Client(it, "2.3", None)
         client.gone.set()
-        await asyncio.wait_for(client.served, 5)
+        await asyncio.wait_for(client.served, 30)
         assert answered(it, 499) == 1
         assert it.engine.calls == []
 
@@ -312,5 +312,5 @@ async def test_events_are_closed_when_nobody_reads_them_to_their_end() -> None:
             client = Client(it, "2.4", endless | {"n": 2})
             await until(lambda: len(client.chunks) > 0)
             client.gone.set()
-            await asyncio.wait_for(client.served, 5)
+            await asyncio.wait_for(client.served, 30)
     assert [events.ag_frame for events in made] == [None]

@@ -73,7 +73,7 @@ def running(stub: Stub) -> Iterator[Stub]:
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not server.started:
         assert time.monotonic() < deadline, "the stub did not start"
         time.sleep(0.01)
@@ -83,4 +83,4 @@ def running(stub: Stub) -> Iterator[Stub]:
         yield stub
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(60)

@@ -37,10 +37,10 @@ def test_a_good_run_counts_tokens_as_the_server_does(stub: Stub):
     assert report.finish_reasons == {"stop": 6}
     times = report.distributions
     assert times["ttft_s"].count == times["itl_s"].count == 6  # two chunks with text, one gap
-    assert times["itl_s"].p50 > 0.01
+    assert times["itl_s"].p50 > 0  # chunks that a pause delayed may be read together
     assert times["e2e_s"].p50 > times["itl_s"].p50
     assert times["e2e_s"].p50 >= times["e2e_from_send_s"].p50 > 0.03
-    assert times["time_per_output_token_s"].p50 == pytest.approx(times["itl_s"].p50 / 5, rel=0.5)
+    assert times["time_per_output_token_s"].p50 == pytest.approx(times["itl_s"].p50 / 5)
     assert set(stub.paths) == {"completions"}
     body = stub.bodies[0]
     assert (body["model"], body["max_tokens"], body["stream"]) == ("stub-model", 9, True)
@@ -122,8 +122,7 @@ BAD = {
 def test_every_violation_of_the_grammar_is_found(stub: Stub):
     expected = list(BAD)
     stub.script = lambda number: BAD[expected[number]]
-    # the server numbers requests as they come in: apart enough that this is their order
-    report = run_load(plan(stub, requests=len(BAD), rate=15.0))
+    report = run_load(plan(stub, requests=len(BAD)))
     assert report.succeeded == 0
     assert report.errors["grammar"].count == len(BAD)
     said = sorted(record.message for record in report.records)
@@ -151,10 +150,10 @@ def test_failures_are_told_apart_by_kind(stub: Stub):
 
 
 def test_a_stream_that_hangs_is_cut_at_the_timeout(stub: Stub):
-    stub.script = lambda number: [chunk("x"), 30.0]
+    stub.script = lambda number: [chunk("x"), 300.0]
     report = run_load(plan(stub, requests=2, timeout_s=0.5))
     assert report.errors["timeout"].count == 2
-    assert report.seconds < 5
+    assert report.seconds < 100
 
 
 def test_a_server_that_is_not_there(stub: Stub):

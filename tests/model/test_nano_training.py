@@ -13,11 +13,20 @@ from model.nano import corpus
 from model.nano.train import BUNDLED, Recipe, TrainingError, main, train
 from model.shards import stored_tensors
 
+ROW_TOKENS = 128
 RECIPE = Recipe(batch_rows=1, limit_files=16, evaluation_rows=1, max_steps=4)
 
 
 class Interrupted(Exception):
     """Stands in for a kill after some step."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_rows():
+    """A step of 512 tokens takes five seconds of a core."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model.nano.train.ROW_TOKENS", ROW_TOKENS)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,7 +89,7 @@ def test_the_figures_are_written(whole):
     out, losses, figures = whole
     assert json.loads((out / "training.json").read_text()) == figures
     assert figures["steps"] == len(losses) == 4
-    assert figures["tokens"] == 4 * 512
+    assert figures["tokens"] == 4 * ROW_TOKENS
     assert figures["held_out_nats_per_token"] < 9.0  # ln 4096 is 8.3
     assert "held-out" in (out / "train.log").read_text()
 

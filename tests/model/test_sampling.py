@@ -300,9 +300,12 @@ def test_the_published_vocabulary_takes_milliseconds_a_row() -> None:
     params = SamplingParams(temperature=0.7, top_p=0.95, repetition_penalty=1.1, logprobs=5)
     rows = [SamplingRow(params, i, TokenCounts(range(20_000))) for i in range(16)]
     sample(logits, rows)
-    start = time.perf_counter()
-    sample(logits, rows)
-    assert time.perf_counter() - start < 3.0  # 0.1 s on a quiet core
+    spent = []
+    for _ in range(3):  # the best, as others work on this machine, too
+        started = time.process_time()
+        sample(logits, rows)
+        spent.append(time.process_time() - started)
+    assert min(spent) < 3.0  # 0.1 s on a quiet core
 
 
 def greedy(**restrictions: object) -> SamplingParams:

@@ -34,7 +34,7 @@ def test_a_scrape_gives_the_registrys_metrics(tmp_path: Path):
     registry = new_registry()
     exporter = MetricsExporter(registry, LOCAL, tmp_path / "targets", {"process": "rank"})
     RankMetrics(registry, 0, 1).loaded(1.5, 64)
-    with urllib.request.urlopen(f"http://{exporter.address}/metrics", timeout=5) as answer:
+    with urllib.request.urlopen(f"http://{exporter.address}/metrics", timeout=60) as answer:
         families = parsed(answer.read().decode())
     assert families["expertline_cache_bytes"].samples[0].value == 64
     assert "expertline_process_cpu_seconds" in families
@@ -51,7 +51,7 @@ def test_the_discovery_file_names_the_target_and_goes_with_it(tmp_path: Path):
     exporter.close()
     assert not list(tmp_path.iterdir())
     with pytest.raises(OSError, match="refused"):
-        urllib.request.urlopen(f"http://{exporter.address}/metrics", timeout=5)
+        urllib.request.urlopen(f"http://{exporter.address}/metrics", timeout=60)
 
 
 def test_files_that_killed_processes_left_are_withdrawn(tmp_path: Path):
