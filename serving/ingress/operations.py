@@ -14,7 +14,7 @@ from serving.telemetry.exporter import merge_expositions
 from serving.telemetry.logs import get_logger
 
 log = get_logger("ingress")
-_SCRAPE_TIMEOUT_S = 2.0
+_SCRAPE_TIMEOUT_S = 5.0  # half of what Prometheus itself waits for an answer
 _EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 
 

@@ -1,7 +1,6 @@
 """Restrictions: from fields to grammars that were compiled once, and the right field to blame."""
 
 import json
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +11,6 @@ from model.tokenizer import Tokenizer
 from serving.api.chat import ChatRequest
 from serving.api.errors import ApiError
 from serving.grammar import GrammarCompiler
-from serving.ingress import grammar_process
 from serving.ingress.restrictions import Restrictions
 from serving.ingress.tools import Tools
 from tests.model.oracle import NANO
@@ -101,14 +99,10 @@ async def test_without_a_restriction_there_is_no_grammar(restrictions: Restricti
 async def test_a_grammar_that_would_take_minutes_is_given_up_and_the_next_one_goes_on(
     restrictions: Restrictions,
 ) -> None:
-    started = time.monotonic()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grammar_process, "COMPILE_TIMEOUT_S", 0.5)
-        with pytest.raises(ApiError) as caught:
-            await restrictions.grammar(body(guided_regex=".*" * 16_000))
+    with pytest.raises(ApiError) as caught:
+        await restrictions.grammar(body(guided_regex=".*" * 16_000))
     assert (caught.value.status, caught.value.param) == (400, "guided_regex")
     assert "too long" in caught.value.message
-    assert time.monotonic() - started < 60
     assert await accepts(restrictions, "ab", guided_regex="[a-c]{2}")
 
 
