@@ -32,7 +32,7 @@ bench: $(READY)
 bench-peers: $(READY)
 	$(BIN)/python -m loadtest.peers
 
-# Faults under load, every answer compared with the undisturbed one; about 20 minutes. As root on
+# Faults under load, every answer compared with the undisturbed one; about 35 minutes. As root on
 # Linux also several nodes, in network namespaces.
 chaos: $(READY) redis
 	$(BIN)/python -m loadtest.chaos

@@ -29,7 +29,7 @@ KINDS = (
 )
 UNHURRIED = frozenset({"leaving", "slow reader"})  # silences of their own making
 LONG_TOKENS = 96
-_SHORT_TOKENS = (6, 24)
+_SHORT_TOKENS = (4, 16)
 _PROMPT_CHARACTERS = (40, 320)
 _SUFFIX_CHARACTERS = 80
 _SLOW_S = 0.15
@@ -82,7 +82,7 @@ def _case(seed: int, model: str, number: int, kind: str) -> Call:
             body |= {"top_p": 0.9, "frequency_penalty": 0.3}
     reading = TO_THE_END
     if kind == "leaving":
-        reading = Reading(leave_after=rng.randint(1, 6))
+        reading = Reading(leave_after=rng.randint(1, _SHORT_TOKENS[0]))
     elif kind == "slow reader":
         reading = Reading(pause_s=_SLOW_S)
     return Call(kind, "chat/completions" if chat else "completions", body, reading)

@@ -20,6 +20,7 @@ from serving.node import node_address
 from serving.telemetry.logs import get_logger
 
 log = get_logger("gang")
+_UNREACHABLE_S = 1.0  # between two tries
 
 
 def bundles(settings: Settings, gpus: bool) -> list[dict[str, float]]:
@@ -91,16 +92,19 @@ class RayLauncher:
         """Tells when a rank has ended.
 
         One that Ray cannot reach just now has not: whether it still works is seen on its
-        connection, and by its steps.
+        connection, and by its steps. But its call is lost, so another one is put behind it.
         """
-        try:
-            await run
-            line = "a rank ended: released"
-        except ActorUnavailableError:
-            log.event("WARNING", "rank.unreachable", cell=cell_name(cell))
-            return
-        except RayError as error:
-            line = f"a rank ended: {type(error).__name__}"
+        line = ""
+        while not line:
+            try:
+                await run
+                line = "a rank ended: released"
+            except ActorUnavailableError:
+                log.event("WARNING", "rank.unreachable", cell=cell_name(cell))
+                await asyncio.sleep(_UNREACHABLE_S)
+                run = actor.__ray_ready__.remote()
+            except RayError as error:
+                line = f"a rank ended: {type(error).__name__}"
         self._ended.put_nowait((cell, actor, line))
 
     def _cell_bundles(self) -> list[int]:

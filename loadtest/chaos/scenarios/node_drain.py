@@ -14,7 +14,7 @@ class NodeDrain(NodeScenario):
     name = "node-drain"
     layout = Layout(stages=2, engines=2, ingresses=2, nodes=True)
     share = 0.2
-    faults = 3
+    faults = 2
     quick_faults = 1
 
     async def play(self, arena: Arena) -> None:

@@ -16,7 +16,7 @@ class NodeLoss(NodeScenario):
     name = "node-loss"
     layout = Layout(stages=2, engines=2, ingresses=2, nodes=True)
     share = 0.2
-    faults = 6
+    faults = 3
     quick_faults = 1
 
     async def play(self, arena: Arena) -> None:
