@@ -58,6 +58,8 @@ def serve_environment(workdir: Path, longest_stream_s: float) -> dict[str, str]:
         # Who has died is heard of on other ways than the controller's rounds, which cost 4% of
         # a core at their default of ten a second.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
+        # Serve's own gauges, which nobody reads here: it sets them in every replica and handle.
+        "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
         # Our deployments never block their loop; a loop of Serve's own beside it costs every
         # token two hops between threads.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from model import ops
-from model.ops.race import down_to, draw_key
+from model.ops.blocks import Blocks
+from model.ops.race import draw_key
 from model.sampling_params import SamplingParams
 
 ROWS_AT_ONCE = 64  # scored at once, which takes about 8 bytes per row and token
@@ -261,11 +262,13 @@ def _logprobs(
     logprobs = logits.log_softmax(dim=1)  # [A, V]
     own = logprobs.gather(1, torch.tensor(tokens, device=device)[:, None])[:, 0].tolist()
     ranks = torch.tensor(wanted, device=device).clamp(max=vocab)
-    cut = logprobs.topk(max(1, int(ranks.max()))).values.gather(1, ranks.clamp(min=1)[:, None] - 1)
-    found = down_to(logprobs, cut, ranks).nonzero()
+    blocks = Blocks(logprobs)
+    largest = blocks.largest(max(1, min(max(wanted), vocab)))
+    row, token = blocks.down_to(largest.gather(1, ranks.clamp(min=1)[:, None] - 1)[:, 0], ranks)
     tops: list[list[Likely]] = [[] for _ in tokens]
-    for (row, token), logprob in zip(found.tolist(), logprobs[*found.T].tolist(), strict=True):
-        tops[row].append((token, logprob))
+    likely = zip(row.tolist(), token.tolist(), logprobs[row, token].tolist(), strict=True)
+    for place, candidate, logprob in likely:
+        tops[place].append((candidate, logprob))
     for top in tops:
         top.sort(key=lambda pair: (-pair[1], pair[0]))
     return list(zip(own, tops, strict=True))

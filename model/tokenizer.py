@@ -111,6 +111,10 @@ class Tokenizer:
         """The bytes that a token stands for; None for an id without a token."""
         return self._bytes[token] if 0 <= token < self.vocab_size else None
 
+    def whole_text(self, token: int) -> str | None:
+        """The text of a token; None where it is no whole characters, or there is no such token."""
+        return self._texts[token] if 0 <= token < self.vocab_size else None
+
     def is_special(self, token: int) -> bool:
         """Whether a token is an added one: a control token, not part of a text."""
         return token in self._special_ids
@@ -123,6 +127,10 @@ class Tokenizer:
     @cached_property
     def _special_ids(self) -> frozenset[int]:
         return frozenset(self.special_tokens.values())
+
+    @cached_property
+    def _texts(self) -> list[str | None]:
+        return [None if raw is None else _whole_characters(raw) for raw in self._bytes]
 
     @cached_property
     def _bytes(self) -> list[bytes | None]:
@@ -145,16 +153,28 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._inside = False  # a character that is not complete yet
 
     def push(self, token: int) -> str:
         """The characters that this token completes; often one word, sometimes nothing yet."""
         if self._skip_special and self._tokenizer.is_special(token):
             return ""
-        return self._utf8.decode(self._tokenizer.token_bytes(token) or b"")
+        if not self._inside and (text := self._tokenizer.whole_text(token)) is not None:
+            return text
+        text = self._utf8.decode(self._tokenizer.token_bytes(token) or b"")
+        self._inside = bool(self._utf8.getstate()[0])
+        return text
 
     def flush(self) -> str:
         """What is left at the end of the sequence: U+FFFD for a character that was cut off."""
         return self._utf8.decode(b"", final=True)
+
+
+def _whole_characters(raw: bytes) -> str | None:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _plain_encoder(raw: dict[str, Any], path: Path) -> Encoder:

@@ -54,6 +54,7 @@ class OpenAIAnswer(Answer):
     object: str
     chunk_object: str
     id_prefix: str
+    _text_frame: tuple[bytes, bytes]  # what stands before and after the text of a chunk
 
     def __init__(
         self,
@@ -73,6 +74,8 @@ class OpenAIAnswer(Answer):
         }
         # What all chunks have in common is encoded once.
         self._chunk_head = encoded({**self._head, "object": self.chunk_object})[:-1]
+        self._chunk_begin = b'data: %b,"choices":[{"index":' % self._chunk_head
+        self._chunk_end = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
         self._tokenizer = tokenizer
         self._include_usage = include_usage
         self._return_token_ids = return_token_ids
@@ -84,6 +87,9 @@ class OpenAIAnswer(Answer):
         yield from ()
 
     def piece(self, index: int, delta: Delta) -> Iterator[bytes]:
+        if delta.text and not (delta.calls or delta.finish_reason or self.tells_tokens):
+            yield self._text_chunk(index, delta.text)
+            return
         choice = self._finished(self._part(index, delta), delta)
         if self._return_token_ids and index not in self._begun:
             self._begun.add(index)
@@ -129,6 +135,12 @@ class OpenAIAnswer(Answer):
             choice["token_ids"] = [output.token for output in generated]
         return choice
 
+    def _text_chunk(self, index: int, text: str) -> bytes:
+        """The most frequent chunk by far, put together of what does not change."""
+        before, after = self._text_frame
+        choice = (self._chunk_begin, index, before, encoded(text), after, self._chunk_end)
+        return b"%b%d%b%b%b%b" % choice
+
     def _chunk(self, choices: list[dict[str, Any]], used: dict[str, Any] | None = None) -> bytes:
         body: dict[str, Any] = {"choices": choices}
         if self._include_usage:
@@ -149,6 +161,7 @@ class CompletionAnswer(OpenAIAnswer):
 
     object = chunk_object = "text_completion"
     id_prefix = "cmpl"
+    _text_frame = (b',"text":', b',"logprobs":null,"finish_reason":null}')
 
     def _choice(self, index: int, delta: Delta) -> dict[str, Any]:
         return {"index": index, "text": delta.text}
@@ -179,6 +192,7 @@ class ChatAnswer(OpenAIAnswer):
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
     id_prefix = "chatcmpl"
+    _text_frame = (b',"delta":{"content":', b'},"logprobs":null,"finish_reason":null}')
 
     def opening(self, choices: int) -> Iterator[bytes]:
         yield from super().opening(choices)

@@ -132,7 +132,8 @@ class ResumableRequest:
     def _take(self, tokens: list[TokenOutput]) -> None:
         if not self._emitted and tokens[0].stats is not None:
             self._cached_tokens = tokens[0].stats.cached_tokens
-        self._emitted.extend([output.token for output in tokens])
+        for output in tokens:
+            self._emitted.append(output.token)
         self._fruitless = 0
 
     async def _resume(self, reason: str) -> None:

@@ -18,6 +18,7 @@ from prometheus_client import (
     disable_created_metrics,
 )
 
+from serving.telemetry.counter import LoopCounter
 from serving.telemetry.histogram import LoopHistogram
 
 _MS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075)
@@ -91,15 +92,13 @@ class IngressMetrics:
             buckets=QUEUE_BUCKETS,
             registry=registry,
         )
-        tokens = Counter(
+        self._tokens = LoopCounter(
             "expertline_tokens_total",
             "Tokens: of prompts, of these found in the prefix cache, and generated.",
-            ["kind"],
-            registry=registry,
-        )
-        self._prompt = tokens.labels("prompt")
-        self._cached = tokens.labels("cached")
-        self._generated = tokens.labels("generated")
+            "kind",
+            ("prompt", "cached", "generated"),
+            registry,
+        ).counts
         self._streams = Gauge(
             "expertline_streams_open",
             "Generations that an engine works on for this ingress.",
@@ -136,17 +135,17 @@ class IngressMetrics:
 
     def first_token(self, since_arrival_s: float) -> None:
         self._ttft.observe(since_arrival_s)
-        self._generated.inc()
+        self._tokens["generated"] += 1
 
     def next_tokens(self, count: int, since_last_s: float) -> None:
         """So many more tokens of a request have come at once, so long after the last ones."""
         self._itl.observe(since_last_s / count, count)
-        self._generated.inc(count)
+        self._tokens["generated"] += count
 
     def prompt(self, tokens: int, cached: int) -> None:
         """A prompt of `tokens` tokens, of which `cached` were in the prefix cache."""
-        self._prompt.inc(tokens)
-        self._cached.inc(cached)
+        self._tokens["prompt"] += tokens
+        self._tokens["cached"] += cached
 
     def answered(self, endpoint: Endpoint, code: int, seconds: float) -> None:
         """A request is over; `code` is the HTTP status that the client saw."""

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from model.ops.race import draw, draw_key, gumbel
+from model.ops.race import FEW_RUNNERS, draw, draw_key, gumbel
 from model.sampling_params import MAX_SEED
 
 
@@ -50,3 +50,17 @@ def test_a_draw_survives_logits_that_differ_in_the_last_bits() -> None:
     tokens = [draw(some.expand(2000, -1), keys, limits) for some in (logits, nearly)]
     assert len(tokens[0].unique()) > 300
     assert int((tokens[0] != tokens[1]).sum()) <= 1
+
+
+def test_who_wins_is_not_overlooked_among_those_whose_numbers_are_not_computed() -> None:
+    generator = torch.Generator().manual_seed(5)
+    rows, vocab = 2000, 101
+    assert rows * vocab > FEW_RUNNERS
+    keys = torch.tensor([draw_key(seed, 3) for seed in range(rows)])
+    free = torch.tensor([[1.0, 0.0, 1.0, 0.0]], dtype=torch.float64).expand(rows, -1)
+    for spread in (0.0, 1.0, 10.0, 1000.0):
+        logits = torch.randn(rows, vocab, generator=generator) * spread
+        logits[:, 7] = -math.inf
+        heights = logits - logits.amax(dim=1, keepdim=True)
+        expected = (heights + gumbel(keys, vocab)).argmax(dim=1)
+        assert torch.equal(draw(logits, keys, free), expected)

@@ -19,7 +19,7 @@ from transformers.generation.logits_process import (
 from model.sampling import SamplingRow, TokenCounts, sample, score
 from model.sampling_params import MAX_SEED, SamplingParams
 
-VOCAB = 2500  # more than CANDIDATES, so that wide rows are sorted whole
+VOCAB = 2500  # more than any of CANDIDATES, so that wide rows are sorted whole
 
 
 @pytest.fixture(autouse=True)
