@@ -27,8 +27,8 @@ async def test_an_engine_that_is_drained_hands_over_what_it_runs(
         return len(now) == 2 and now != before
 
     async with load(server, expected) as answers:
-        await more(answers, 2)
-        refused = await asyncio.to_thread(run, server, main, "drain", "--engine", "nobody")
+        refusing = asyncio.to_thread(run, server, main, "drain", "--engine", "nobody")
+        refused, _ = await asyncio.gather(refusing, more(answers, 2))
         assert refused.returncode == 2
         known = refused.stderr.split("there is: ")[1].strip().split(", ")
         assert len(known) == 2
