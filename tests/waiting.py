@@ -7,10 +7,12 @@ from collections.abc import Callable
 _POLL_S = 0.02
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+async def until(
+    condition: Callable[[], bool], timeout_s: float = 60.0, poll_s: float = _POLL_S
+) -> None:
     """Returns once the condition holds; TimeoutError if it does not in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError("the condition did not come to hold")
-        await asyncio.sleep(_POLL_S)
+        await asyncio.sleep(poll_s)

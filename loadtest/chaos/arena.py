@@ -19,9 +19,9 @@ from loadtest.chaos.server import Server
 from loadtest.chaos.waiting import until
 from loadtest.request import RequestRecord
 
-RECOVERED_S = 150.0
-SETTLED_S = 60.0
-_SERVED_S = 120.0
+RECOVERED_S = 300.0
+SETTLED_S = 120.0
+_SERVED_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from typing import Any
 from loadtest.chaos.server import Server
 from loadtest.chaos.waiting import ChaosError
 
-_ANSWER_S = 60.0
+_ANSWER_S = 120.0
 _GONE = ("DEAD", "REMOVED")
 _PROXIES = ("HAProxyManager", "ProxyActor")  # one on each node that happens to have replicas
 

@@ -15,7 +15,7 @@ from loadtest.runner import Call
 from loadtest.transcript import Transcript
 
 AT_ONCE = 6
-_REQUEST_S = 180.0
+_REQUEST_S = 300.0
 _MOST_UNSTEADY = 0.1  # share of cases
 
 

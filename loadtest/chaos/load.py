@@ -15,9 +15,9 @@ from loadtest.request import RequestRecord
 from loadtest.runner import Call, OpenLoop, poisson
 from loadtest.transcript import Transcript
 
-REQUEST_S = 120.0
+REQUEST_S = 300.0
 _HEARD = 3  # chunks of a stream that is running
-_RUNNING_S = 120.0
+_RUNNING_S = 300.0
 _AFTER = 0.5  # seconds after a fault within which the silence that it makes begins
 
 
@@ -48,7 +48,7 @@ class Load:
         self._order = in_turn(golden.calls, seed, streams)
         self._stopped = False
         self._client = httpx.AsyncClient(
-            timeout=httpx.Timeout(REQUEST_S, connect=10.0),
+            timeout=httpx.Timeout(REQUEST_S, connect=60.0),
             limits=httpx.Limits(max_connections=None),
             trust_env=False,
         )

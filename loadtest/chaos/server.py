@@ -21,12 +21,13 @@ from loadtest.chaos.processes import Process, marked
 from loadtest.chaos.waiting import ChaosError, until
 from loadtest.peers.process import last_words, started
 
-START_S = 240.0
+START_S = 400.0
 MODEL = "nano"
 STEP_TIMEOUT_S = 8.0
 TARGETS = "targets"
 MARK = "EXPERTLINE_UNDER_TEST"
 _REPAIRS = 1000  # each of them is meant
+_QUEUE_S = 240.0  # longer than an engine takes to start on a machine that others slow down
 _DISK_BYTES = 96 * 1024 * 1024
 _ASK_S = 10.0
 PROGRAM = (sys.executable, "-c", "from deploy.cli import main; main()")
@@ -54,6 +55,7 @@ class Layout:
                 "step_timeout_s": STEP_TIMEOUT_S,
             },
             "engine": {"replicas": self.engines, "repairs_per_hour": _REPAIRS},
+            "router": {"queue_timeout_s": _QUEUE_S},
             "ingress": {"port": port, "replicas": self.ingresses},
             "telemetry": {"targets_directory": str(targets)},
             "internal_host": "127.0.0.1",

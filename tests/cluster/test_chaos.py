@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2000)]
 
 SCENARIOS = ("router-kill", "rank-kill", "engine-kill")
-WITHIN_S = 800.0
-_ENDS_S = 90.0
+WITHIN_S = 1800.0  # many times what it takes: the machine may be a slow one
+_ENDS_S = 120.0
 
 
 def test_killed_ranks_engines_and_routers_cost_no_request_and_no_token(tmp_path: Path) -> None:

@@ -2,38 +2,28 @@
 
 import asyncio
 import json
+import math
 import os
 import random
 import re
 import socket
+from typing import Any
 
 import httpx
 import openai
 import psutil
 import pytest
 import torch
-from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoTokenizer
 
-from tests.cluster.server import Server
+from tests.cluster.server import CLIENT_TIMEOUT_S, Server
+from tests.cluster.waiting import until
 from tests.model.oracle import NANO, oracle
-from tests.waiting import until
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
-PROMPTS = ["def main():\n", "import os\n\n\nclass Reader:\n", "for i in range(10):"]
+PROMPT = "def main():\n"
 QUESTION = "Write a Python function `read_file`. Read a file."
-
-
-def metric(server: Server, name: str, **labels: str) -> float:
-    """Sum of a family's samples that have these labels, over all processes."""
-    text = httpx.get(f"{server.url}/metrics").text
-    return sum(
-        sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if sample.name == name and labels.items() <= sample.labels.items()
-    )
 
 
 def expected_text(prompt: str, tokens: int) -> str:
@@ -54,10 +44,9 @@ def test_the_ready_line_says_what_is_served(server: Server) -> None:
     )
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_greedy_text_is_that_of_transformers(client: openai.OpenAI, prompt: str) -> None:
-    answer = client.completions.create(model="nano", prompt=prompt, max_tokens=64, temperature=0)
-    assert answer.choices[0].text == expected_text(prompt, 64)
+def test_greedy_text_is_that_of_transformers(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="nano", prompt=PROMPT, max_tokens=64, temperature=0)
+    assert answer.choices[0].text == expected_text(PROMPT, 64)
     assert answer.usage is not None
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
@@ -103,13 +92,13 @@ def test_the_same_seed_gives_the_same_text(client: openai.OpenAI) -> None:
 
 def test_stop_strings_end_the_text_before_them(client: openai.OpenAI) -> None:
     free = (
-        client.completions.create(model="nano", prompt=PROMPTS[0], max_tokens=40, temperature=0)
+        client.completions.create(model="nano", prompt=PROMPT, max_tokens=40, temperature=0)
         .choices[0]
         .text
     )
     stop = free[12:18]
     held = client.completions.create(
-        model="nano", prompt=PROMPTS[0], max_tokens=40, temperature=0, stop=[stop]
+        model="nano", prompt=PROMPT, max_tokens=40, temperature=0, stop=[stop]
     ).choices[0]
     assert held.text == free[: free.index(stop)]
     assert held.finish_reason == "stop"
@@ -173,21 +162,25 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("body", "status"), BAD.values(), ids=BAD)
-def test_a_bad_request_is_a_clear_error_and_harms_nobody(
-    server: Server, client: openai.OpenAI, body: dict[str, object], status: int
+def test_bad_requests_are_clear_errors_and_harm_nobody(
+    server: Server, client: openai.OpenAI
 ) -> None:
-    response = httpx.post(f"{server.url}/v1/completions", json=body)
-    assert response.status_code == status
-    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    for what, (body, status) in BAD.items():
+        response = post(server, json=body)
+        assert response.status_code == status, what
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}, what
     good = client.completions.create(model="nano", prompt="def ", max_tokens=2, temperature=0)
     assert good.choices[0].text
 
 
 def test_a_body_that_is_no_json_is_refused(server: Server) -> None:
-    response = httpx.post(f"{server.url}/v1/completions", content=b"{not json")
+    response = post(server, content=b"{not json")
     assert response.status_code == 400
     assert "JSON" in response.json()["error"]["message"]
+
+
+def post(server: Server, **body: Any) -> httpx.Response:
+    return httpx.post(f"{server.url}/v1/completions", timeout=CLIENT_TIMEOUT_S, **body)
 
 
 def test_models_are_listed(client: openai.OpenAI) -> None:
@@ -195,22 +188,23 @@ def test_models_are_listed(client: openai.OpenAI) -> None:
 
 
 def test_live_and_ready(server: Server) -> None:
-    assert httpx.get(f"{server.url}/livez").status_code == 200
-    assert httpx.get(f"{server.url}/readyz").status_code == 200
+    assert server.get("/livez").status_code == 200
+    assert server.get("/readyz").status_code == 200
 
 
-def test_metrics_cover_every_process_of_the_fleet(server: Server) -> None:
-    text = httpx.get(f"{server.url}/metrics").text
-    families = {family.name: family for family in text_string_to_metric_families(text)}
-    cells = {
-        (sample.labels["stage"], sample.labels["rank"])
-        for sample in families["expertline_stage_compute_seconds"].samples
-    }
-    assert cells == {("0", "0"), ("0", "1"), ("1", "0"), ("1", "1")}
-    for name in ("request_ttft_seconds", "leases", "step_seconds", "exchange_bytes"):
-        assert f"expertline_{name}" in families
-    instances = {s.labels["instance"] for s in families["expertline_process_open_fds"].samples}
-    assert len(instances) == 7  # ingress, router, engine, four ranks
+async def test_metrics_cover_every_process_of_the_fleet(server: Server) -> None:
+    def instances(name: str) -> set[str]:
+        return {labels["instance"] for labels, _ in server.samples(f"expertline_{name}")}
+
+    def cells() -> set[tuple[str, str]]:
+        samples = server.samples("expertline_stage_compute_seconds_total")
+        return {(labels["stage"], labels["rank"]) for labels, _ in samples}
+
+    # Who answers a scrape late is missing from it. Ingress, router, engine, four ranks.
+    await until(lambda: len(instances("process_open_fds")) == 7)
+    await until(lambda: cells() == {("0", "0"), ("0", "1"), ("1", "0"), ("1", "1")})
+    names = ("request_ttft_seconds_count", "leases_total", "step_seconds_count")
+    await until(lambda: all(instances(name) for name in (*names, "exchange_bytes_total")))
 
 
 async def stream(server: Server, index: int, leave_after: float) -> int:
@@ -226,7 +220,7 @@ async def stream(server: Server, index: int, leave_after: float) -> int:
     }
     events = 0
     async with (
-        httpx.AsyncClient(timeout=60) as client,
+        httpx.AsyncClient(timeout=CLIENT_TIMEOUT_S) as client,
         client.stream("POST", f"{server.url}/v1/completions", json=body) as response,
     ):
         assert response.status_code == 200
@@ -246,33 +240,51 @@ async def test_16_streams_with_random_cancellations_leak_nothing(server: Server)
     warm = [stream(server, i, float("inf")) for i in range(16)]
     await asyncio.gather(*warm)
 
-    def quiet() -> bool:
-        running = metric(server, "expertline_requests_running")
-        return running == 0 and metric(server, "expertline_streams_open") == 0
+    def total(name: str, processes: int, **labels: str) -> float:
+        """Infinite while one of them is late to answer."""
+        values = [value for _, value in server.samples(f"expertline_{name}", **labels)]
+        return sum(values) if len(values) == processes else math.inf
 
-    await until(quiet, 20)
-    files = metric(server, "expertline_process_open_fds")
-    tasks = metric(server, "expertline_asyncio_tasks")
+    def quiet() -> bool:
+        return total("requests_running", 1) == 0 and total("streams_open", 1) == 0
+
+    await until(quiet)
+    before: list[float] = []
+
+    def remembered() -> bool:
+        before[:] = total("process_open_fds", 7), total("asyncio_tasks", 3)
+        return math.inf not in before
+
+    await until(remembered)
+    files, tasks = before
     for round_ in range(3):
         leave = [numbers.choice([0, 2, 10, float("inf")]) for _ in range(16)]
         await asyncio.gather(*(stream(server, 100 * round_ + i, n) for i, n in enumerate(leave)))
-    await until(quiet, 20)
-    await until(lambda: metric(server, "expertline_pages", state="held") == 0, 20)
-    assert metric(server, "expertline_requests_waiting") == 0
-    assert metric(server, "expertline_reserved_tokens") == 0
-    assert metric(server, "expertline_disconnects_total") > 0
-    await until(lambda: metric(server, "expertline_process_open_fds") <= files + 8, 30)
-    await until(lambda: metric(server, "expertline_asyncio_tasks") <= tasks + 4, 30)
+    await until(quiet)
+    await until(lambda: total("pages", 2, state="held") == 0)
+    await until(lambda: total("requests_waiting", 1) == 0)
+    await until(lambda: total("reserved_tokens", 1) == 0)
+    await until(lambda: server.metric("expertline_disconnects_total") > 0)
+    await until(lambda: total("process_open_fds", 7) <= files + 8)
+    await until(lambda: total("asyncio_tasks", 3) <= tasks + 4)
 
 
 def test_internal_ports_are_on_loopback_and_survive_garbage(
     server: Server, client: openai.OpenAI
 ) -> None:
-    ports = [port for pid in server.pids() for port in own_ports(pid)]
-    assert len(ports) > 7  # metrics of six processes, router, engine's two, gloo's
-    for port in ports:
-        with socket.create_connection(("127.0.0.1", port), timeout=2) as probe:
-            probe.sendall(b"GET / HTTP/1.1\r\n\r\n\0\xff" + os.urandom(200))
+    def ports() -> list[int]:
+        return [port for pid in server.pids() for port in own_ports(pid)]
+
+    heard = 0
+    for port in ports():
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as probe:
+                probe.sendall(b"GET / HTTP/1.1\r\n\r\n\0\xff" + os.urandom(200))
+        except ConnectionRefusedError:
+            assert port not in ports()  # closed since they were listed
+        else:
+            heard += 1
+    assert heard > 7  # metrics of six processes, router, engine's two, gloo's
     good = client.completions.create(model="nano", prompt="def ", max_tokens=4, temperature=0)
     assert good.choices[0].text
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.cluster.server import Server
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
 NAME = {"type": "string", "maxLength": 12}
 SMALL = {"type": "integer", "minimum": -1000, "maximum": 1000}
@@ -57,7 +57,7 @@ SCHEMAS: list[dict[str, Any]] = [
                  "required": ["value"], "additionalProperties": False}},
      "$ref": "#/$defs/tree"},
 ]  # fmt: skip
-RUNS = 25  # of each schema, streaming and not: 500 in all
+RUNS = 8  # of each schema, streaming and not
 
 
 async def answer(
@@ -95,7 +95,7 @@ async def test_every_answer_parses_and_follows_its_schema(server: Server, stream
     ) as client:
         wanted = [(schema, seed) for schema in SCHEMAS for seed in range(RUNS)]
         texts = await asyncio.gather(*(answer(client, *each, stream) for each in wanted))
-    assert len(texts) == 250
+    assert len(texts) == len(SCHEMAS) * RUNS
     for (schema, _), text in zip(wanted, texts, strict=True):
         jsonschema.validate(exactly(text), exactly(json.dumps(schema)))
-    assert len(set(texts)) > 100  # it is not always the same one
+    assert len(set(texts)) > 40  # it is not always the same one

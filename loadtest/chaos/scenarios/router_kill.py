@@ -17,6 +17,7 @@ class RouterKill(Scenario):
 
     name = "router-kill"
     layout = Layout(stages=2, ranks=2)
+    quick_layout = Layout(engines=2)  # that of other quick ones
     share = 0.3
 
     async def play(self, arena: Arena) -> None:
