@@ -64,7 +64,9 @@ def serve_environment(workdir: Path, longest_stream_s: float) -> dict[str, str]:
         # token two hops between threads.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports[2]),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        # An ingress that leaves takes requests until every HAProxy was told; where the machine is
+        # busy, that has taken more than a second.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
         "RAY_USAGE_STATS_ENABLED": "0",
         **{f"RAY_SERVE_HAPROXY_{key}": value for key, value in haproxy.items()},
     }
