@@ -58,14 +58,12 @@ def serve_environment(workdir: Path, longest_stream_s: float) -> dict[str, str]:
         # Who has died is heard of on other ways than the controller's rounds, which cost 4% of
         # a core at their default of ten a second.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
-        # Serve's own gauges, which nobody reads here: it sets them in every replica and handle.
-        "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
         # Our deployments never block their loop; a loop of Serve's own beside it costs every
         # token two hops between threads.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports[2]),
-        # An ingress that leaves takes requests until every HAProxy was told; where the machine is
-        # busy, that has taken more than a second.
+        # An ingress that leaves takes requests until every HAProxy was told, which on a busy
+        # machine may take seconds.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
         "RAY_USAGE_STATS_ENABLED": "0",
         **{f"RAY_SERVE_HAPROXY_{key}": value for key, value in haproxy.items()},

@@ -169,12 +169,14 @@ def why_not() -> str | None:
         return "there is no `ip` command (Debian: apt-get install iproute2)"
     mark = f"xl{secrets.token_hex(3)}"
     try:
+        _refuse_names(mark)
         _ip("netns", "add", mark)
         _ip("link", "add", mark, "type", "bridge")
         _ip("link", "add", f"{mark}v", "type", "veth", "peer", "name", "eth0", "netns", mark)
-    except NodesError as error:
+    except (NodesError, OSError) as error:
         return f"network namespaces are not permitted here ({error})"
     finally:
+        shutil.rmtree(_RESOLVERS / mark, ignore_errors=True)
         for thing in (("link", "del", f"{mark}v"), ("link", "del", mark), ("netns", "del", mark)):
             with contextlib.suppress(NodesError):
                 _ip(*thing)
@@ -225,11 +227,7 @@ def node_cluster(
 
 
 def _plug_in(node: Node, bridge: str, gateway: str) -> None:
-    """The node's namespace and cable. A name server that refuses: one out of reach would make
-    whoever asks for a name wait."""
-    folder = _RESOLVERS / node.name
-    folder.mkdir(parents=True)
-    (folder / "resolv.conf").write_text("nameserver 127.0.0.1\n")
+    _refuse_names(node.name)
     _ip("netns", "add", node.name)
     _ip("link", "add", node.cable, "type", "veth", "peer", "name", "eth0", "netns", node.name)
     _ip("link", "set", node.cable, "master", bridge, "up")
@@ -237,6 +235,13 @@ def _plug_in(node: Node, bridge: str, gateway: str) -> None:
     for device in ("lo", "eth0"):
         _ip("-n", node.name, "link", "set", device, "up")
     _ip("-n", node.name, "route", "add", "default", "via", gateway)
+
+
+def _refuse_names(namespace: str) -> None:
+    """A name server that refuses: one out of reach would make whoever asks for a name wait."""
+    folder = _RESOLVERS / namespace
+    folder.mkdir(parents=True)
+    (folder / "resolv.conf").write_text("nameserver 127.0.0.1\n")
 
 
 def _remove(cluster: NodeCluster) -> None:

@@ -179,9 +179,10 @@ def _most_probable(logits: Tensor, heights: Tensor, limits: Tensor) -> tuple[Ten
     mass = heights.exp().sum(dim=1, dtype=torch.float64) if bool(shares.any()) else top_p
     cut, ranks = logits.new_empty(len(logits)), top_k.long()
     open_rows = torch.arange(len(logits), device=logits.device)
+    blocks = looked_at = Blocks(logits)
     for width in (*CANDIDATES, vocab):
         width = min(width, vocab)
-        values = Blocks(_rows(logits, open_rows)).largest(width)  # [O, width], largest first
+        values = looked_at.largest(width)  # [O, width], largest first
         weights = ((values - values[:, :1]) / scale[open_rows]).exp()  # the likeliest weighs 1
         last = _last_rank(weights, mass[open_rows], bounds[open_rows])
         ranks[open_rows] = last
@@ -191,7 +192,8 @@ def _most_probable(logits: Tensor, heights: Tensor, limits: Tensor) -> tuple[Ten
         open_rows = open_rows[wide]
         if width == vocab or not len(open_rows):
             break
-    return Blocks(logits).down_to(cut, ranks)
+        looked_at = Blocks(_rows(logits, open_rows))
+    return blocks.down_to(cut, ranks)
 
 
 def _last_rank(weights: Tensor, mass: Tensor, limits: Tensor) -> Tensor:

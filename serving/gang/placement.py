@@ -94,18 +94,18 @@ class RayLauncher:
         One that Ray cannot reach just now has not: whether it still works is seen on its
         connection, and by its steps. But its call is lost, so another one is put behind it.
         """
-        line = ""
-        while not line:
+        how = ""
+        while not how:
             try:
                 await run
-                line = "a rank ended: released"
+                how = "released"
             except ActorUnavailableError:
                 log.event("WARNING", "rank.unreachable", cell=cell_name(cell))
                 await asyncio.sleep(_UNREACHABLE_S)
                 run = actor.__ray_ready__.remote()
             except RayError as error:
-                line = f"a rank ended: {type(error).__name__}"
-        self._ended.put_nowait((cell, actor, line))
+                how = type(error).__name__
+        self._ended.put_nowait((cell, actor, f"a rank ended: {how}"))
 
     def _cell_bundles(self) -> list[int]:
         """Bundle of each cell in cell order: bundles of one node are neighbours."""
