@@ -74,7 +74,7 @@ def _options() -> argparse.Namespace:
 
 def _plan(options: argparse.Namespace) -> Plan:
     results = "chaos-soak" if options.soak else "chaos-quick" if options.quick else "chaos"
-    cases, served = (22, 4) if options.quick else (44, 16)
+    cases, served = (22, 4) if options.quick else (44, 24)
     return Plan(options.seed, options.quick, cases, served, results)
 
 
