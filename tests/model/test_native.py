@@ -13,12 +13,16 @@ from model.ops import native, reference
 from model.ops.native import build
 from model.quantize import from_int8, int8
 
-pytestmark = pytest.mark.skipif(not native.LOADED, reason="no AVX-512 BF16 or no g++ here")
+pytestmark = pytest.mark.skipif(not native.LOADED, reason="no AVX2 or no g++ here")
 BF16 = torch.bfloat16
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
+@pytest.fixture(autouse=True, params=build.instruction_sets(), ids=lambda needs: needs[0])
+def _on_every_instruction_set(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU with AVX-512 runs what others would, too."""
+    monkeypatch.setattr(native, "_kernels", native.load(request.param))
     torch.manual_seed(0)
 
 
@@ -194,6 +198,38 @@ def test_a_row_without_numbers_spoils_no_other(quantize: str | None) -> None:
     assert torch.equal(found[others], clean[others])
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5, 6, 40])
+def test_int8_products_are_exact(rows: int) -> None:
+    """Whole numbers with a largest of 127 have the scale 1, and a gate that large lets all pass."""
+    hidden, gate = torch.randint(0, 128, (rows, 192)), torch.randint(0, 128, (64, 192))
+    up, down = torch.randint(-127, 128, (64, 192)), torch.randint(-127, 128, (192, 64))
+    for numbers in (hidden, gate, up, down):
+        numbers[:, 5] = 127
+    hidden[0], up[0], up[1] = 127, 127, -127  # sums as far from 0 as there are
+    gate_up = torch.cat((gate, up))[None]
+    packed = native.pack_experts(gate_up.to(BF16), down[None].to(BF16), "int8")
+    assert packed is not None
+    ids, weights = torch.zeros(rows, 1, dtype=torch.int64), torch.ones(rows, 1)
+    found = native.weighted_experts(hidden.to(BF16), ids, weights, packed, 0)
+    inner = ((hidden @ gate.t()).float() * (hidden @ up.t()).float()).to(BF16).float()
+    most = inner.abs().amax(-1, keepdim=True)
+    whole = (inner * (torch.tensor(127.0) / most)).round().long()
+    assert torch.equal(found, ((whole @ down.t()).float() * (most / 127)).to(BF16))
+
+
+@pytest.mark.parametrize("value", [1.0, -1.0])
+def test_numbers_are_rounded_to_the_nearest_and_of_two_to_the_even_one(value: float) -> None:
+    steps = torch.arange(1, 5, dtype=torch.float32) / 256  # halves of bf16's last place
+    x = torch.stack((torch.ones(4), steps)).to(BF16).t() * value  # [4, 2]
+    weight = torch.zeros(64, 2, dtype=BF16)
+    weight[0], weight[1, 0], weight[1, 1] = 1.0, float("inf"), 1.0
+    packed = native.panels(weight)
+    assert packed is not None
+    found = native.linear(x, packed)
+    assert torch.equal(found[:, 0], x.float().sum(-1).to(BF16))
+    assert torch.equal(found[:, 1], torch.full((4,), value * float("inf"), dtype=BF16))
+
+
 def test_int8_is_as_near_as_eight_bits_can_be() -> None:
     weight = torch.randn(3, 5, 40)
     weight[1, 2] = 0.0
@@ -206,7 +242,7 @@ def test_int8_is_as_near_as_eight_bits_can_be() -> None:
 
 def test_without_a_compiler_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
-    assert build.library.__wrapped__() is None
+    assert build.library.__wrapped__(build.AVX2) is None
 
 
 def test_a_compiler_that_fails_means_no_kernels(
@@ -214,7 +250,23 @@ def test_a_compiler_that_fails_means_no_kernels(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build.shutil, "which", lambda name: "/bin/false")
-    assert build.library.__wrapped__() is None
+    assert build.library.__wrapped__(build.AVX2) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ((*build.AVX512, "avx2"), (build.AVX512, build.AVX2)),
+        (("avx2", "fma", "avx512f"), (build.AVX2,)),
+        (("avx2",), ()),
+    ],
+)
+def test_the_best_instruction_set_comes_first(
+    flags: tuple[str, ...], expected: tuple[build.Needs, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = f"processor: 0\nflags\t\t: fpu {' '.join(flags)}\nbugs: none\n"
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding: said)
+    assert build.instruction_sets.__wrapped__() == expected
 
 
 def test_what_others_may_write_to_is_not_loaded(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""bf16 operations in C++ for CPUs with AVX-512 BF16, compiled on first use.
+"""bf16 operations in C++ for CPUs with AVX-512 BF16 or AVX2, compiled on first use.
 
 With few rows a product is bound by reading its weight. oneDNN reaches half of what one thread
 can read here, and two OpenMP threads of it hardly more; these kernels read a weight as one
-stream. Weights are kept as *panels* of 64 output columns, see `panels.h`.
+stream. Weights are kept as *panels* of 64 output columns, see `panels.h`. CPUs without AVX-512
+BF16 multiply in fp32 what is stored in bf16; torch has no quick way for that.
 
 They are an option: `available` says whether there are any, and `model.ops.cpu` has for every
 operation something that runs everywhere.
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.ops.native.build import library
+from model.ops.native.build import Needs, instruction_sets, library
 from model.quantize import int8
 
 _PANEL = 64
@@ -32,15 +33,16 @@ _ARGUMENTS = {
 }
 
 
-def _load() -> ctypes.CDLL | None:
-    kernels = library()
+def load(needs: Needs) -> ctypes.CDLL | None:
+    """The kernels for an instruction set, such that they can be called."""
+    kernels = library(needs)
     for name, arguments in _ARGUMENTS.items() if kernels is not None else ():
         getattr(kernels, name).argtypes = arguments
         getattr(kernels, name).restype = None
     return kernels
 
 
-_kernels = _load()
+_kernels = load(instruction_sets()[0]) if instruction_sets() else None
 LOADED = _kernels is not None
 
 

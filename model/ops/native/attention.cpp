@@ -12,29 +12,21 @@ namespace {
 
 constexpr int PAGE = 64;       // rows of a page
 constexpr int MAX_VALUE = 512;
-constexpr int TILE = 4;        // heads, and rows, whose scores are computed at once
 
-// scores[i] = sum over the lanes of tile[i], for 16 of them.
-inline __m512 sums_of(const __m512* tile) {
-  alignas(64) float out[TILE * TILE];
-  for (int i = 0; i < TILE * TILE; i++) out[i] = _mm512_reduce_add_ps(tile[i]);
-  return _mm512_load_ps(out);
-}
-
-// Scores of TILE queries with TILE cache rows: [head][row].
-inline __m512 score_tile(const bf16* query, const bf16* rows, int latent) {
-  __m512 tile[TILE * TILE];
-  for (int i = 0; i < TILE * TILE; i++) tile[i] = _mm512_setzero_ps();
+// Scores of SCORED queries with SCORED cache rows, for positions `t` and after.
+inline void score(const bf16* query, const bf16* rows, int latent, float scale, int t,
+                  float (*scores)[PAGE]) {
+  Floats tile[SCORED][SCORED] = {};
   for (int d = 0; d < latent; d += 2 * LANES) {
-    __m512bh keys[TILE];
-    for (int j = 0; j < TILE; j++) keys[j] = (__m512bh)_mm512_loadu_si512(rows + j * latent + d);
-    for (int i = 0; i < TILE; i++) {
-      const __m512bh asked = (__m512bh)_mm512_loadu_si512(query + i * latent + d);
-      for (int j = 0; j < TILE; j++)
-        tile[i * TILE + j] = _mm512_dpbf16_ps(tile[i * TILE + j], asked, keys[j]);
+    Ints keys[SCORED];
+    for (int j = 0; j < SCORED; j++) keys[j] = load_words(rows + (t + j) * latent + d);
+    for (int i = 0; i < SCORED; i++) {
+      const Ints asked = load_words(query + i * latent + d);
+      for (int j = 0; j < SCORED; j++) tile[i][j] = dot(tile[i][j], asked, keys[j]);
     }
   }
-  return sums_of(tile);
+  for (int i = 0; i < SCORED; i++)
+    for (int j = 0; j < SCORED; j++) scores[i][t + j] = sum(tile[i][j]) * scale;
 }
 
 template <int HEADS>
@@ -49,18 +41,17 @@ void soften(float (*scores)[PAGE], int count, State<HEADS>& state, bf16 (*shares
             float* faded) {
   for (int h = 0; h < HEADS; h++) {
     for (int t = count; t < PAGE; t++) scores[h][t] = -INFINITY;  // whatever lay there
-    __m512 most = _mm512_set1_ps(state.most[h]);
-    for (int t = 0; t < PAGE; t += LANES) most = _mm512_max_ps(most, _mm512_load_ps(&scores[h][t]));
-    const float peak = _mm512_reduce_max_ps(most);
-    __m512 total = _mm512_setzero_ps();
+    Floats most = all(state.most[h]);
+    for (int t = 0; t < PAGE; t += LANES) most = max(most, load(&scores[h][t]));
+    const float peak = largest(most);
+    Floats total = all(0.0f);
     for (int t = 0; t < PAGE; t += LANES) {
-      const __m512 share =
-          exponential(_mm512_sub_ps(_mm512_load_ps(&scores[h][t]), _mm512_set1_ps(peak)));
-      total = _mm512_add_ps(total, share);
-      store_bf16(&shares[h][t], share);
+      const Floats share = exponential(load(&scores[h][t]) - all(peak));
+      total = total + share;
+      store(&shares[h][t], share);
     }
     faded[h] = std::exp(state.most[h] - peak);
-    state.total[h] = state.total[h] * faded[h] + _mm512_reduce_add_ps(total);
+    state.total[h] = state.total[h] * faded[h] + sum(total);
     state.most[h] = peak;
   }
 }
@@ -69,49 +60,44 @@ void soften(float (*scores)[PAGE], int count, State<HEADS>& state, bf16 (*shares
 template <int HEADS>
 void mix(const bf16* rows, int count, int latent, int value_dim, bf16 (*shares)[PAGE],
          const float* faded, State<HEADS>& state) {
-  for (int d = 0; d < value_dim; d += 2 * LANES) {
-    __m512 low[HEADS], high[HEADS];
-    for (int h = 0; h < HEADS; h++) {
-      const __m512 fade = _mm512_set1_ps(faded[h]);
-      low[h] = _mm512_mul_ps(_mm512_load_ps(&state.mixed[h][d]), fade);
-      high[h] = _mm512_mul_ps(_mm512_load_ps(&state.mixed[h][d + LANES]), fade);
-    }
-    for (int t = 0; t < count; t += 2) {
-      const __m512i one = _mm512_loadu_si512(rows + t * latent + d);
-      const __m512i two = t + 1 < count ? _mm512_loadu_si512(rows + (t + 1) * latent + d)
-                                        : _mm512_setzero_si512();
-      const __m512bh lows = (__m512bh)_mm512_unpacklo_epi16(one, two);
-      const __m512bh highs = (__m512bh)_mm512_unpackhi_epi16(one, two);
-      for (int h = 0; h < HEADS; h++) {
-        int32_t pair;
-        std::memcpy(&pair, &shares[h][t], sizeof pair);
-        const __m512bh share = (__m512bh)_mm512_set1_epi32(pair);
-        low[h] = _mm512_dpbf16_ps(low[h], lows, share);
-        high[h] = _mm512_dpbf16_ps(high[h], highs, share);
+  constexpr int TOGETHER = std::min(HEADS, MIXED);
+  for (int d = 0; d < value_dim; d += 2 * LANES)
+    for (int first = 0; first < HEADS; first += TOGETHER) {
+      Floats low[TOGETHER], high[TOGETHER];
+      for (int h = 0; h < TOGETHER; h++) {
+        const float* from = &state.mixed[first + h][d];
+        low[h] = load(from) * all(faded[first + h]);
+        high[h] = load(from + LANES) * all(faded[first + h]);
+      }
+      for (int t = 0; t < count; t += 2) {
+        const Ints one = load_words(rows + t * latent + d);
+        const Ints two = t + 1 < count ? load_words(rows + (t + 1) * latent + d) : Ints{};
+        const auto [lows, highs] = interleaved(one, two);
+        for (int h = 0; h < TOGETHER; h++) {
+          int32_t pair;
+          std::memcpy(&pair, &shares[first + h][t], sizeof pair);
+          low[h] = dot(low[h], lows, all(pair));
+          high[h] = dot(high[h], highs, all(pair));
+        }
+      }
+      for (int h = 0; h < TOGETHER; h++) {
+        float* to = &state.mixed[first + h][d];
+        store(to, low[h]);
+        store(to + LANES, high[h]);
       }
     }
-    for (int h = 0; h < HEADS; h++) {
-      _mm512_store_ps(&state.mixed[h][d], low[h]);
-      _mm512_store_ps(&state.mixed[h][d + LANES], high[h]);
-    }
-  }
 }
 
-// Unpacking works within 128-bit lanes: dimensions 0-3, 8-11, … are low, 4-7, 12-15, … high.
 template <int HEADS>
 void write(const State<HEADS>& state, int value_dim, bf16* out) {
-  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-  for (int h = 0; h < HEADS; h++) {
-    const __m512 total = _mm512_set1_ps(state.total[h]);
+  for (int h = 0; h < HEADS; h++)
     for (int d = 0; d < value_dim; d += 2 * LANES) {
-      const __m512 low = _mm512_div_ps(_mm512_load_ps(&state.mixed[h][d]), total);
-      const __m512 high = _mm512_div_ps(_mm512_load_ps(&state.mixed[h][d + LANES]), total);
+      const float* from = &state.mixed[h][d];
+      const auto [first, second] = ordered(load(from), load(from + LANES));
       bf16* to = out + static_cast<int64_t>(h) * value_dim + d;
-      store_bf16(to, _mm512_permutex2var_ps(low, first, high));
-      store_bf16(to + LANES, _mm512_permutex2var_ps(low, second, high));
+      store(to, first / all(state.total[h]));
+      store(to + LANES, second / all(state.total[h]));
     }
-  }
 }
 
 template <int HEADS>
@@ -127,15 +113,9 @@ void attend(const bf16* query, const bf16* cache, const int64_t* pages, int64_t 
     alignas(64) float scores[HEADS][PAGE];
     alignas(64) bf16 shares[HEADS][PAGE];
     float faded[HEADS];
-    for (int t = 0; t < count; t += TILE)
-      for (int h = 0; h < HEADS; h += TILE) {
-        const __m512 tile = score_tile(query + h * latent, rows + t * latent, latent);
-        const __m512 scaled = _mm512_mul_ps(tile, _mm512_set1_ps(scale));
-        _mm_store_ps(&scores[h][t], _mm512_extractf32x4_ps(scaled, 0));
-        _mm_store_ps(&scores[h + 1][t], _mm512_extractf32x4_ps(scaled, 1));
-        _mm_store_ps(&scores[h + 2][t], _mm512_extractf32x4_ps(scaled, 2));
-        _mm_store_ps(&scores[h + 3][t], _mm512_extractf32x4_ps(scaled, 3));
-      }
+    for (int t = 0; t < count; t += SCORED)
+      for (int h = 0; h < HEADS; h += SCORED)
+        score(query + h * latent, rows, latent, scale, t, &scores[h]);
     soften<HEADS>(scores, count, state, shares, faded);
     mix<HEADS>(rows, count, latent, value_dim, shares, faded, state);
   }

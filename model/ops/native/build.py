@@ -1,4 +1,8 @@
-"""Compiles the kernels for this machine, on first use, and keeps the result."""
+"""Compiles the kernels for this machine, on first use, and keeps the result.
+
+The same sources are compiled for one of several *instruction sets*, which are named by what they
+need as Linux spells it in /proc/cpuinfo.
+"""
 
 import ctypes
 import hashlib
@@ -12,36 +16,43 @@ from pathlib import Path
 
 _FOLDER = Path(__file__).parent
 _SOURCES = tuple(sorted(_FOLDER.glob("*.cpp")))
-_NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni", "fma")
-_FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC",
-          *(f"-m{name.replace('_', '')}" for name in _NEEDED))  # fmt: skip
+_FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 _COMPILE_TIMEOUT_S = 120
+
+Needs = tuple[str, ...]
+AVX512: Needs = (
+    "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni", "fma",
+)  # fmt: skip
+AVX2: Needs = ("avx2", "fma")
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None on a CPU that they are not for, or without a compiler.
+def instruction_sets() -> tuple[Needs, ...]:
+    """Those that this CPU has of what the kernels are written for, the best one first."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ()
+    has = set(next((line.split() for line in lines if line.startswith("flags")), []))
+    return tuple(needs for needs in (AVX512, AVX2) if has.issuperset(needs))
+
+
+@cache
+def library(needs: Needs) -> ctypes.CDLL | None:
+    """The kernels compiled for an instruction set; None without a compiler that can.
 
     OpenMP's runtime is the one that torch has already loaded: both bear the same name.
     """
     compiler = shutil.which("g++")
-    if compiler is None or not _cpu_takes_them():
+    if compiler is None:
         return None
+    flags = [*_FLAGS, *(f"-m{name.replace('_', '')}" for name in needs)]
     content = [path.read_bytes() for path in (*_SOURCES, *sorted(_FOLDER.glob("*.h")))]
-    name = hashlib.sha256(b"\0".join([*content, " ".join(_FLAGS).encode()])).hexdigest()[:20]
+    name = hashlib.sha256(b"\0".join([*content, " ".join(flags).encode()])).hexdigest()[:20]
     path = _cache_folder() / f"kernels-{name}.so"
-    if not _is_ours(path) and not _compile(compiler, path):
+    if not _is_ours(path) and not _compile([compiler, *flags], path):
         return None
     return ctypes.CDLL(str(path))
-
-
-def _cpu_takes_them() -> bool:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return False
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    return set(_NEEDED) <= set(flags)
 
 
 def _cache_folder() -> Path:
@@ -59,13 +70,13 @@ def _is_ours(path: Path) -> bool:
     return all(s.st_uid == os.getuid() and not s.st_mode & writable for s in found)
 
 
-def _compile(compiler: str, path: Path) -> bool:
+def _compile(compiler: list[str], path: Path) -> bool:
     """Several ranks may do it at once; the last one's result stays, and all are the same."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle, made = tempfile.mkstemp(dir=path.parent, suffix=".so")
         os.close(handle)
-        command = [compiler, *_FLAGS, "-o", made, *map(str, _SOURCES)]
+        command = [*compiler, "-o", made, *map(str, _SOURCES)]
         subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_TIMEOUT_S)
         os.chmod(made, 0o700)
         os.replace(made, path)

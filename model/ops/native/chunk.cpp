@@ -34,38 +34,32 @@ struct Sequence {
 
 // One head's attention of some consecutive queries.
 struct Task {
-  const Sequence& all;
+  const Sequence& of;
   const int head, first, count, panels;
   std::vector<int32_t> keys, values;  // pairs of bf16
   std::vector<float> mixed, most, total;
 
-  Task(const Sequence& all, int head, int first)
-      : all(all), head(head), first(first), count(std::min(QUERIES, all.queries - first)),
-        panels(all.value.width / PANEL), keys(all.query.width / 2 * PANEL),
-        values(all.value.width * PANEL / 2), mixed(count * all.value.width),
+  Task(const Sequence& of, int head, int first)
+      : of(of), head(head), first(first), count(std::min(QUERIES, of.queries - first)),
+        panels(of.value.width / PANEL), keys(of.query.width / 2 * PANEL),
+        values(of.value.width * PANEL / 2), mixed(count * of.value.width),
         most(count, -INFINITY), total(count, 0.0f) {}
 
   // Keys `begin` and following as columns of a panel; what lies past the last one is 0.
   void pack(int begin, int seen) {
     std::fill(keys.begin(), keys.end(), 0);
-    const int own = all.key.width / 2, shared = all.shared_width / 2;
+    const int own = of.key.width / 2, shared = of.shared_width / 2;
     for (int t = 0; t < seen; t++) {
-      scatter(all.key.at(begin + t, head), own, &keys[t]);
-      scatter(all.shared_key + (begin + t) * all.shared_stride, shared, &keys[own * PANEL + t]);
+      scatter(of.key.at(begin + t, head), own, &keys[t]);
+      scatter(of.shared_key + (begin + t) * of.shared_stride, shared, &keys[own * PANEL + t]);
     }
-    const __m256i nothing = _mm256_setzero_si256();
     for (int t = 0; t < PANEL; t += 2)
-      for (int d = 0; d < all.value.width; d += LANES) {
-        const __m256i one = t < seen ? load(begin + t, d) : nothing;
-        const __m256i two = t + 1 < seen ? load(begin + t + 1, d) : nothing;
-        const __m512i pairs = _mm512_or_si512(
-            _mm512_cvtepu16_epi32(one), _mm512_slli_epi32(_mm512_cvtepu16_epi32(two), 16));
-        _mm512_storeu_si512(&values[((d / PANEL) * PANEL / 2 + t / 2) * PANEL + d % PANEL], pairs);
+      for (int d = 0; d < of.value.width; d += LANES) {
+        const Ints one = t < seen ? widened(of.value.at(begin + t, head) + d) : Ints{};
+        const Ints two = t + 1 < seen ? widened(of.value.at(begin + t + 1, head) + d) : Ints{};
+        int32_t* to = &values[((d / PANEL) * PANEL / 2 + t / 2) * PANEL + d % PANEL];
+        store_words(to, one | two << 16);
       }
-  }
-
-  __m256i load(int64_t token, int d) const {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(all.value.at(token, head) + d));
   }
 
   static void scatter(const bf16* row, int pairs, int32_t* column) {
@@ -75,69 +69,67 @@ struct Task {
   // `rows` queries from number `q` on meet the packed keys.
   void meet(int q, int rows, int begin, int seen) {
     const bf16* at[ROWS];
-    __m512 sums[ROWS][VECTORS];
+    Floats sums[ROWS][VECTORS];
     alignas(64) bf16 shares[ROWS][PANEL];
     float faded[ROWS];
-    for (int i = 0; i < rows; i++) at[i] = all.query.at(first + q + i, head);
-    products<Bf16>(rows, at, keys.data(), all.query.width, sums);
+    for (int i = 0; i < rows; i++) at[i] = of.query.at(first + q + i, head);
+    products<Bf16>(rows, at, keys.data(), of.query.width, sums);
     for (int i = 0; i < rows; i++) {
-      const int visible = all.causal ? first + q + i - begin + 1 : seen;
+      const int visible = of.causal ? first + q + i - begin + 1 : seen;
       faded[i] = soften(sums[i], std::clamp(visible, 0, seen), q + i, shares[i]);
       at[i] = shares[i];
     }
     for (int p = 0; p < panels; p++) {
       products<Bf16>(rows, at, &values[p * PANEL * PANEL / 2], PANEL, sums);
       for (int i = 0; i < rows; i++) {
-        float* to = &mixed[(q + i) * all.value.width + p * PANEL];
-        const __m512 fade = _mm512_set1_ps(faded[i]);
+        float* to = &mixed[(q + i) * of.value.width + p * PANEL];
+        const Floats fade = all(faded[i]);
         for (int v = 0; v < VECTORS; v++, to += LANES)
-          _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_loadu_ps(to), fade, sums[i][v]));
+          store(to, fmadd(load(to), fade, sums[i][v]));
       }
     }
   }
 
   // Scores become shares; returns what the query's earlier sums must be multiplied by.
-  float soften(const __m512* scores, int visible, int q, bf16* shares) {
-    const __m512 scale = _mm512_set1_ps(all.scale), never = _mm512_set1_ps(-INFINITY);
-    __m512 scaled[VECTORS], peaks = _mm512_set1_ps(most[q]), sum = _mm512_setzero_ps();
+  float soften(const Floats* scores, int visible, int q, bf16* shares) {
+    const Floats scale = all(of.scale), never = all(-INFINITY);
+    Floats scaled[VECTORS], peaks = all(most[q]), parts = all(0.0f);
     for (int v = 0; v < VECTORS; v++) {
-      const int left = std::clamp(visible - v * LANES, 0, LANES);
-      const __mmask16 seen = static_cast<__mmask16>((1u << left) - 1);
-      scaled[v] = _mm512_mask_mul_ps(never, seen, scores[v], scale);
-      peaks = _mm512_max_ps(peaks, scaled[v]);
+      const Mask seen = below(std::clamp(visible - v * LANES, 0, LANES));
+      scaled[v] = select(seen, scores[v] * scale, never);
+      peaks = max(peaks, scaled[v]);
     }
-    const float before = most[q], peak = most[q] = _mm512_reduce_max_ps(peaks);
+    const float before = most[q], peak = most[q] = largest(peaks);
     if (peak == -INFINITY) {  // nothing is visible yet
       std::fill_n(shares, PANEL, 0);
       return 1.0f;
     }
     for (int v = 0; v < VECTORS; v++) {
-      const __m512 share = exponential(_mm512_sub_ps(scaled[v], _mm512_set1_ps(peak)));
-      sum = _mm512_add_ps(sum, share);
-      store_bf16(shares + v * LANES, share);
+      const Floats share = exponential(scaled[v] - all(peak));
+      parts = parts + share;
+      store(shares + v * LANES, share);
     }
     const float faded = std::exp(before - peak);
-    total[q] = total[q] * faded + _mm512_reduce_add_ps(sum);
+    total[q] = total[q] * faded + sum(parts);
     return faded;
   }
 
   void write() {
     for (int q = 0; q < count; q++) {
-      const int64_t row = static_cast<int64_t>(first + q) * all.heads + head;
-      const __m512 sum = _mm512_set1_ps(total[q]);
-      for (int d = 0; d < all.value.width; d += LANES)
-        store_bf16(all.out + row * all.value.width + d,
-                   _mm512_div_ps(_mm512_loadu_ps(&mixed[q * all.value.width + d]), sum));
-      all.lse[row] = most[q] + std::log(total[q]);
+      const int64_t row = static_cast<int64_t>(first + q) * of.heads + head;
+      for (int d = 0; d < of.value.width; d += LANES)
+        store(of.out + row * of.value.width + d,
+              load(&mixed[q * of.value.width + d]) / all(total[q]));
+      of.lse[row] = most[q] + std::log(total[q]);
     }
   }
 
   void run() {
-    const int last = all.causal ? first + count : all.keys;
+    const int last = of.causal ? first + count : of.keys;
     for (int begin = 0; begin < last; begin += PANEL) {
-      const int seen = std::min(PANEL, all.keys - begin);
+      const int seen = std::min(PANEL, of.keys - begin);
       pack(begin, seen);
-      const int from = all.causal ? std::max(begin - first, 0) / ROWS * ROWS : 0;
+      const int from = of.causal ? std::max(begin - first, 0) / ROWS * ROWS : 0;
       for (int q = from; q < count; q += ROWS) meet(q, std::min(ROWS, count - q), begin, seen);
     }
     write();

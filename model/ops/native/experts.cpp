@@ -59,7 +59,7 @@ struct Inputs<Bf16> {
   Inputs(const bf16* source, int, int width) : numbers(source), width(width) {}
   const bf16* row(int i) const { return numbers + static_cast<int64_t>(i) * width; }
   void quantize(int) {}
-  __m512 value(__m512 sum, int, const Weights&, int64_t) const { return sum; }
+  Floats value(Floats sum, int, const Weights&, int64_t) const { return sum; }
 };
 
 template <>
@@ -76,30 +76,25 @@ struct Inputs<Int8> {
   // and so all that comes of the row.
   void quantize(int i) {
     const bf16* from = source + static_cast<int64_t>(i) * width;
-    __m512 most = _mm512_setzero_ps();
-    __mmask16 lost = 0;
+    Floats magnitudes = all(0.0f);
+    Mask lost{};
     for (int d = 0; d < width; d += LANES) {
-      const __m512 value = load_float(from + d);
-      lost |= _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-      most = _mm512_max_ps(most, _mm512_abs_ps(value));
+      const Floats value = load(from + d);
+      lost = lost | not_numbers(value);
+      magnitudes = max(magnitudes, magnitude(value));
     }
-    const float largest = _mm512_reduce_max_ps(most);
-    scales[i] = lost ? NAN : largest / 127.0f;
-    const __m512 factor = _mm512_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
-    for (int d = 0; d < width; d += LANES) {
-      const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(load_float(from + d), factor));
-      const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_add_epi32(whole, _mm512_set1_epi32(128)));
-      uint8_t* to = &numbers[static_cast<int64_t>(i) * width + d];
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
-    }
+    const float most = largest(magnitudes);
+    scales[i] = any(lost) ? NAN : most / 127.0f;
+    const Floats factor = all(most > 0 ? 127.0f / most : 0.0f);
+    uint8_t* to = &numbers[static_cast<int64_t>(i) * width];
+    for (int d = 0; d < width; d += LANES)
+      store_bytes(to + d, to_ints(load(from + d) * factor) + all(128));
   }
 
   // What the sum over column `column` and the 15 after it stands for.
-  __m512 value(__m512i sum, int i, const Weights& weights, int64_t column) const {
-    const __m512i offset = _mm512_slli_epi32(_mm512_loadu_si512(weights.sums + column), 7);
-    const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(weights.scales + column),
-                                       _mm512_set1_ps(scales[i]));
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum, offset)), scale);
+  Floats value(Ints sum, int i, const Weights& weights, int64_t column) const {
+    const Ints offset = load_words(weights.sums + column) << 7;
+    return to_floats(sum - offset) * (load(weights.scales + column) * all(scales[i]));
   }
 };
 
@@ -131,12 +126,12 @@ struct Layer {
       products<Kind>(count, at, panel(gate_up, number, width), width, sums);
       for (int i = 0; i < count; i++) {
         bf16* to = inner_rows + static_cast<int64_t>(p + i) * inner_width + panel_number * PANEL / 2;
-        __m512 said[VECTORS];
+        Floats said[VECTORS];
         for (int v = 0; v < VECTORS; v++)
           said[v] = hidden.value(sums[i][v], entries.rows[p + i], gate_up,
                                  number * PANEL + v * LANES);
-        store_bf16(to, _mm512_mul_ps(silu(said[0]), said[2]));
-        store_bf16(to + LANES, _mm512_mul_ps(silu(said[1]), said[3]));
+        store(to, silu(said[0]) * said[2]);
+        store(to + LANES, silu(said[1]) * said[3]);
       }
     }
   }
@@ -152,11 +147,10 @@ struct Layer {
       products<Kind>(count, at, panel(down, number, inner_width), inner_width, sums);
       for (int i = 0; i < count; i++) {
         float* to = out + (static_cast<int64_t>(panel_number) * n + entries.rows[p + i]) * PANEL;
-        const __m512 share = _mm512_set1_ps(entries.shares[p + i]);
+        const Floats share = all(entries.shares[p + i]);
         for (int v = 0; v < VECTORS; v++) {
-          const __m512 said = inner.value(sums[i][v], p + i, down, number * PANEL + v * LANES);
-          _mm512_storeu_ps(to + v * LANES,
-                           _mm512_fmadd_ps(share, said, _mm512_loadu_ps(to + v * LANES)));
+          const Floats said = inner.value(sums[i][v], p + i, down, number * PANEL + v * LANES);
+          store(to + v * LANES, fmadd(share, said, load(to + v * LANES)));
         }
       }
     }
@@ -189,8 +183,7 @@ void run(const bf16* hidden, int n, const Entries& entries, Weights gate_up, Wei
       for (int row = 0; row < n; row++)
         for (int v = 0; v < VECTORS; v++) {
           const float* from = &sums[(static_cast<int64_t>(number) * n + row) * PANEL + v * LANES];
-          store_bf16(out + static_cast<int64_t>(row) * width + number * PANEL + v * LANES,
-                     _mm512_loadu_ps(from));
+          store(out + static_cast<int64_t>(row) * width + number * PANEL + v * LANES, load(from));
         }
     }
   }

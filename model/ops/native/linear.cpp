@@ -17,11 +17,11 @@ extern "C" void linear(const bf16* x, int64_t x_stride, const bf16* weights, int
       const int count = std::min(MANY, rows - first);
       const bf16* at[MANY];
       for (int i = 0; i < count; i++) at[i] = x + (first + i) * x_stride + b * inputs;
-      __m512 sums[MANY][VECTORS];
+      Floats sums[MANY][VECTORS];
       products<Bf16>(count, at, panel, inputs, sums);
       for (int i = 0; i < count; i++) {
         bf16* to = out + (first + i) * out_stride + b * outputs + column;
-        for (int v = 0; v < VECTORS; v++) store_bf16(to + v * LANES, sums[i][v]);
+        for (int v = 0; v < VECTORS; v++) store(to + v * LANES, sums[i][v]);
       }
     }
   }

@@ -9,18 +9,15 @@
 extern "C" void rms_norm(const bf16* x, int64_t stride, const bf16* weight, int rows, int dim,
                          float eps, bf16* out) {
   for (int row = 0; row < rows; row++, x += stride, out += dim) {
-    __m512 squares = _mm512_setzero_ps();
+    Floats squares = all(0.0f);
     for (int d = 0; d < dim; d += LANES) {
-      const __m512 value = load_float(x + d);
-      squares = _mm512_fmadd_ps(value, value, squares);
+      const Floats value = load(x + d);
+      squares = fmadd(value, value, squares);
     }
-    const float mean = _mm512_reduce_add_ps(squares) / static_cast<float>(dim);
-    const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(mean + eps));
-    for (int d = 0; d < dim; d += LANES) {
-      const __m512 normed = _mm512_mul_ps(load_float(x + d), scale);
-      const __m512 rounded = to_float((__m256i)_mm512_cvtneps_pbh(normed));
-      store_bf16(out + d, _mm512_mul_ps(rounded, load_float(weight + d)));
-    }
+    const float mean = sum(squares) / static_cast<float>(dim);
+    const Floats scale = all(1.0f / std::sqrt(mean + eps));
+    for (int d = 0; d < dim; d += LANES)
+      store(out + d, rounded(load(x + d) * scale) * load(weight + d));
   }
 }
 
@@ -28,28 +25,21 @@ extern "C" void rms_norm(const bf16* x, int64_t stride, const bf16* weight, int 
 extern "C" void silu_mul(const bf16* gate_up, int64_t stride, int rows, int inner, bf16* out) {
   for (int row = 0; row < rows; row++, gate_up += stride, out += inner)
     for (int d = 0; d < inner; d += LANES)
-      store_bf16(out + d, _mm512_mul_ps(silu(load_float(gate_up + d)),
-                                        load_float(gate_up + inner + d)));
+      store(out + d, silu(load(gate_up + d)) * load(gate_up + inner + d));
 }
 
 // Rotates pairs of x [rows, heads, dim] in place; cos and sin [rows, dim / 2]. dim is a multiple
 // of 32. A pair is one 32-bit word, its even dimension in the lower half.
 extern "C" void rotate(bf16* x, int64_t row_stride, int64_t head_stride, const float* cos,
                        const float* sin, int rows, int heads, int dim) {
-  const __m512i upper = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u));
   for (int row = 0; row < rows; row++, cos += dim / 2, sin += dim / 2)
     for (int head = 0; head < heads; head++) {
       bf16* at = x + row * row_stride + head * head_stride;
       for (int d = 0; d < dim; d += 2 * LANES) {
-        const __m512i pairs = _mm512_loadu_si512(at + d);
-        const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-        const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, upper));
-        const __m512 c = _mm512_loadu_ps(cos + d / 2), s = _mm512_loadu_ps(sin + d / 2);
-        const __m512 turned_even = _mm512_fmsub_ps(even, c, _mm512_mul_ps(odd, s));
-        const __m512 turned_odd = _mm512_fmadd_ps(even, s, _mm512_mul_ps(odd, c));
-        const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(turned_even));
-        const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(turned_odd));
-        _mm512_storeu_si512(at + d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        const Ints pairs = load_words(at + d);
+        const Floats x0 = even(pairs), x1 = odd(pairs);
+        const Floats c = load(cos + d / 2), s = load(sin + d / 2);
+        store_words(at + d, paired(x0 * c - x1 * s, x0 * s + x1 * c));
       }
     }
 }
@@ -57,7 +47,7 @@ extern "C" void rotate(bf16* x, int64_t row_stride, int64_t head_stride, const f
 namespace {
 
 // The place of the largest of n values that is not below 0; of equal ones the first.
-int largest(const float* values, int n) {
+int likeliest(const float* values, int n) {
   int best = -1;
   float most = -1.0f;
   for (int i = 0; i < n; i++)
@@ -82,12 +72,12 @@ extern "C" void route(const float* logits, int rows, int experts, int top_k, int
       best[g] = *std::max_element(&scores[g * size], &scores[g * size] + size);
     std::fill(eligible.begin(), eligible.end(), -1.0f);
     for (int kept = 0; kept < groups_kept; kept++) {
-      const int g = std::max(largest(best.data(), groups), 0);
+      const int g = std::max(likeliest(best.data(), groups), 0);
       std::copy_n(&scores[g * size], size, &eligible[g * size]);
       best[g] = -1.0f;
     }
     for (int k = 0; k < top_k; k++) {
-      const int e = largest(eligible.data(), experts);
+      const int e = likeliest(eligible.data(), experts);
       ids[k] = std::max(e, 0);
       weights[k] = scores[ids[k]] * scale;
       if (e >= 0) eligible[e] = -1.0f;

@@ -1,4 +1,7 @@
-// AVX-512 building blocks that all kernels share.
+// Sixteen lanes at a time, whatever the CPU calls them: what all kernels are written in.
+//
+// The operations on lanes come from one file for each instruction set, and so do the sizes of what
+// fits into its registers.
 #pragma once
 
 #include <immintrin.h>
@@ -6,47 +9,39 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <utility>
 
 using bf16 = uint16_t;
 
-constexpr int LANES = 16;               // fp32 numbers of a register
-constexpr int VECTORS = 4;              // registers of a panel's row
-constexpr int PANEL = VECTORS * LANES;  // output columns that are computed together
-constexpr int ROWS = 6;                 // input rows at once: ROWS * VECTORS sums fit the registers
+constexpr int LANES = 16;                   // fp32 numbers, or 32-bit words, of a value
+constexpr int VECTORS = 4;                  // values of a panel's row
+constexpr int PANEL = VECTORS * LANES;      // output columns that are computed together
+constexpr int GROUP_BYTES = PANEL * 4;      // of a panel: one group of inputs of all columns
+constexpr int BLOCK = 16384 / GROUP_BYTES;  // groups that stay in the first-level cache
 
-inline __m512 to_float(__m256i x) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
-}
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+#include "avx512.h"
+#else
+#include "avx2.h"
+#endif
 
-inline __m512 load_float(const bf16* p) {
-  return to_float(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-
-inline void store_bf16(bf16* p, __m512 x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
-}
+inline Floats load(const bf16* p) { return even(widened(p)); }
 
 // e^x to about two units in the last place; 0 below -87.3, where fp32 has no normal numbers. NaN
 // stays NaN, which decides the order of the operands of `min`.
-inline __m512 exponential(__m512 x) {
-  const __mmask16 seen = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.3f), _CMP_NLT_UQ);
-  x = _mm512_min_ps(_mm512_set1_ps(88.0f), x);
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 y = _mm512_set1_ps(1.9875691e-4f);  // Cephes' polynomial
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.3981999e-3f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(8.3334519e-3f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(4.1665795e-2f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.6666665e-1f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.5f));
-  y = _mm512_add_ps(_mm512_fmadd_ps(y, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.0f));
-  return _mm512_maskz_scalef_ps(seen, y, n);
+inline Floats exponential(Floats x) {
+  const Mask seen = not_below(x, all(-87.3f));
+  x = min(all(88.0f), x);
+  const Floats n = nearest(x * all(1.44269504f));
+  Floats r = fnmadd(n, all(0.693359375f), x);
+  r = fnmadd(n, all(-2.12194440e-4f), r);
+  Floats y = all(1.9875691e-4f);  // Cephes' polynomial
+  y = fmadd(y, r, all(1.3981999e-3f));
+  y = fmadd(y, r, all(8.3334519e-3f));
+  y = fmadd(y, r, all(4.1665795e-2f));
+  y = fmadd(y, r, all(1.6666665e-1f));
+  y = fmadd(y, r, all(0.5f));
+  y = fmadd(y, r * r, r) + all(1.0f);
+  return kept(seen, scaled(y, n));
 }
 
-inline __m512 silu(__m512 x) {
-  const __m512 one = _mm512_set1_ps(1.0f);
-  const __m512 e = exponential(_mm512_sub_ps(_mm512_setzero_ps(), x));
-  return _mm512_div_ps(x, _mm512_add_ps(one, e));
-}
+inline Floats silu(Floats x) { return x / (all(1.0f) + exponential(all(0.0f) - x)); }
