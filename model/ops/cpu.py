@@ -1,6 +1,6 @@
 """What CPUs do faster than the plain formula: our own kernels, else torch's.
 
-Our own (`model.ops.native`) are for bf16 on CPUs with AVX-512 BF16. Everything else:
+Our own (`model.ops.native`) are for bf16 on CPUs with AVX-512 BF16 or AVX2. Everything else:
 
 Attention goes through the flash kernel, which never holds all scores at once, and wants keys and
 values of one width.
