@@ -227,8 +227,8 @@ struct Bf16 {
   }
 };
 
-// Inputs are unsigned: 128 more than what they stand for. Products of 16 bits are added to 32, since
-// AVX2's sum of two products of bytes has but 16 and would be cut off.
+// Inputs are unsigned: 128 more than what they stand for. Numbers are widened to 16 bits, so that a
+// sum of two products has 32; of bytes themselves AVX2's sum has but 16, and would be cut off.
 struct Int8 {
   using Number = uint8_t;
   using Weights = Ints;

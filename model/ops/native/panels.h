@@ -7,7 +7,7 @@
 
 #include "simd.h"
 
-constexpr int MANY = 96;  // rows that one call of `products` takes
+constexpr int MANY = 16 * ROWS;  // rows that one call of `products` takes
 
 // out[i] = x[i] . panel, or that added to out[i], for M rows and `groups` groups of inputs.
 //
