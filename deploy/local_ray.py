@@ -66,6 +66,8 @@ def serve_environment(workdir: Path, longest_stream_s: float) -> dict[str, str]:
         # machine may take seconds.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray's account of its own event loops, which nobody reads: a tenth of what it costs idle.
+        "RAY_event_stats": "0",
         **{f"RAY_SERVE_HAPROXY_{key}": value for key, value in haproxy.items()},
     }
 

@@ -26,6 +26,7 @@ class Delta:
     finish_reason: str | None = None
     stop_string: str | None = None  # which one ended it
     prompt_tokens: int = 0  # how many of `tokens`, the first ones, are the prompt's own
+    choice: int = 0  # whose it is, of a request's choices
 
     def add(self, other: "Delta") -> None:
         self.text += other.text

@@ -56,14 +56,13 @@ class Column:
         self._left.append(sequence.id)
 
     def make_room(self, sequence: Sequence, count: int) -> list[Sequence]:
-        """Pages for a sequence's next `count` positions, or for as many as can be had.
+        """Pages for a sequence's next `count` positions, which have not all of them yet, or for as
+        many as can be had.
 
         Returns:
             those of less importance that lost their places for it.
         """
         missing = pages_for(sequence.scheduled + count) - len(sequence.pages)
-        if missing <= 0:
-            return []
         removed = []
         while missing > self.pool.available and self.running[-1] is not sequence:
             removed.append(self.running[-1])

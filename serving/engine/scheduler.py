@@ -211,7 +211,7 @@ class Scheduler:
         The sequences that can go on are shared out over the steps that can still be launched,
         so that with P stages there is work for P steps in flight.
         """
-        ready = [each for each in column.running if each.known > each.scheduled]
+        ready = [each for each in column.running if len(each.tokens) > each.scheduled]
         share = -(-len(ready) // max(1, self.limits.stages - len(self._in_flight)))
         for sequence in ready:
             if budget == 0 or len(plan.slices) == share:
@@ -231,6 +231,9 @@ class Scheduler:
         Who loses its pages starts over from its tokens when there is room again. A sample of it
         that is still on its way counts: it was computed from a cache that was whole.
         """
+        room = len(sequence.pages) * PAGE_TOKENS - sequence.scheduled
+        if count <= room:
+            return count
         for preempted in self._columns[sequence.column].make_room(sequence, count):
             preempted.stats.preemptions += 1
             self._preemptions += 1

@@ -72,22 +72,26 @@ class Sequence:
 
     def give(self, count: int) -> Slice:
         """The next `count` positions, for a step; with what the column was not told yet."""
-        end = self.scheduled + count
-        last_scored = min(end, self.request.prompt_tokens - 1)
+        end, known = self.scheduled + count, len(self.tokens)
         piece = Slice(
             self.id,
             self.scheduled,
             count,
             self.tokens[self.sent_tokens :],
             self.pages[self.sent_pages :],
-            sample=end == self.known and self.request.max_tokens > 0,
-            score=self.request.scored and last_scored >= max(self.scored, self.scheduled + 1),
+            sample=end == known and self.request.max_tokens > 0,
+            score=self.request.scored and self._scores_until(end),
         )
-        self.sent_tokens = self.known
+        self.sent_tokens = known
         self.sent_pages = len(self.pages)
         self.scheduled = end
         self.in_flight += 1
         return piece
+
+    def _scores_until(self, end: int) -> bool:
+        """Whether the positions from `scheduled` on say what is not known yet of the prompt."""
+        last = min(end, self.request.prompt_tokens - 1)
+        return last >= max(self.scored, self.scheduled + 1)
 
     def displace(self) -> list[int]:
         """Leaves its column; returns the pages that it held there."""

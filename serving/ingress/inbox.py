@@ -60,22 +60,18 @@ class Inbox:
                 raise self.failure
             if self.ended is not None:
                 raise ApiError(500, self.ended.message or "The generation ended early.")
-            await self._news()
+            await self.news()
         return self.scores
 
-    async def read(self) -> list[TokenOutput]:
-        """Every new token; empty when the request has ended without another one.
+    def take(self) -> list[TokenOutput]:
+        """Every new token, if there is any.
 
         Raises:
             ApiError: the request failed.
             EngineLost: this engine will not finish it.
         """
-        while not self.tokens:
-            if self.failure is not None:
-                raise self.failure
-            if self.ended is not None:
-                return []
-            await self._news()
+        if not self.tokens and self.failure is not None:
+            raise self.failure
         tokens, self.tokens = self.tokens, []
         return tokens
 
@@ -83,7 +79,7 @@ class Inbox:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
-    def _news(self) -> "asyncio.Future[None]":
+    def news(self) -> "asyncio.Future[None]":
         """Done when something comes. A bare future: an event costs three times as much a token."""
         self._reader = asyncio.get_running_loop().create_future()
         return self._reader

@@ -97,13 +97,17 @@ class ResumableRequest:
             ApiError: the request failed, and nothing can continue it.
         """
         while True:
+            inbox = self._attempt.inbox
             try:
-                tokens = await self._attempt.inbox.read()
+                tokens = inbox.take()
             except EngineLost as lost:
                 await self._resume(lost.reason)
                 continue
             if tokens:
                 self._take(tokens)
+            elif inbox.ended is None:
+                await inbox.news()
+                continue
             return tokens
 
     async def read_scores(self, count: int) -> list[PromptScores]:

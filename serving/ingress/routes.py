@@ -36,7 +36,7 @@ from serving.ingress.console import add_console
 from serving.ingress.fleet import FleetClient
 from serving.ingress.operations import Operations
 from serving.ingress.service import GenerationService, Origin
-from serving.ingress.streams import EventStream
+from serving.ingress.streams import DirectSend, EventStream
 from serving.telemetry.metrics import Endpoint, IngressMetrics
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -65,6 +65,7 @@ class Routes:
 
     def app(self) -> FastAPI:
         api = FastAPI(title="Expertline", openapi_url=None)
+        api.add_middleware(DirectSend)
         api.add_exception_handler(ApiError, on_api_error)
         api.add_exception_handler(HTTPException, on_http_exception)
         api.add_exception_handler(Exception, on_exception)

@@ -239,10 +239,10 @@ class GenerationService:
         try:
             for each in answer.opening(len(choices)):
                 yield each
-            async for index, delta in merged(choices):
+            async for delta in merged(choices):
                 if delta.empty and not answer.tells_tokens:
                     continue  # half a character, or held back for a stop string
-                for each in answer.piece(index, delta):
+                for each in answer.piece(delta.choice, delta):
                     yield each
             for each in answer.closing(_usage(job, choices)):
                 yield each

@@ -6,15 +6,31 @@ from contextlib import AsyncExitStack, suppress
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.api.delta import Delta
 from serving.api.sse import WAITING
 from serving.ingress.generation import Generation
 
+_SEND = "expertline.send"  # in a request's scope
 _MOST_UNREAD = 64  # deltas of all choices; what a client is slower to read waits further back
 
 Refine = Callable[[Delta], Delta]
+
+
+class DirectSend:
+    """ASGI middleware that lets a stream's events pass by what lies between it and the stream.
+
+    FastAPI's layers only watch for the head of an answer, which goes through them; for every event
+    of every stream each of them would cost a call.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[_SEND] = send
+        await self._app(scope, receive, send)
 
 
 class EventStream(StreamingResponse):
@@ -33,10 +49,12 @@ class EventStream(StreamingResponse):
         self.owned.push_async_callback(events.aclose)
         self._events = events
         self._keep_alive_s = keep_alive_s
+        self._direct: Send | None = None  # past what lies between, if there is such a way
         self._said = False  # something, since the last look
         self._complete = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._direct = scope.get(_SEND)
         with suppress(ClientDisconnect):
             async with self.owned:
                 await super().__call__(scope, receive, send)
@@ -47,6 +65,7 @@ class EventStream(StreamingResponse):
         await send(
             {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         )
+        send = self._direct or send
         keeping = asyncio.create_task(self._keep_alive(send))
         try:
             async for chunk in self._events:
@@ -91,18 +110,19 @@ async def _refined(deltas: AsyncIterator[Delta], refine: Refine) -> AsyncIterato
         yield refine(delta)
 
 
-async def merged(choices: Sequence[Choice]) -> AsyncIterator[tuple[int, Delta]]:
-    """Deltas of several choices as they come, each with the choice's index."""
-    if len(choices) == 1:
-        async for delta in choices[0].deltas():
-            yield 0, delta
-        return
-    arrived: asyncio.Queue[tuple[int, Delta] | Exception | None] = asyncio.Queue(_MOST_UNREAD)
+def merged(choices: Sequence[Choice]) -> AsyncIterator[Delta]:
+    """Deltas of all choices as they come."""
+    return choices[0].deltas() if len(choices) == 1 else _merged(choices)
+
+
+async def _merged(choices: Sequence[Choice]) -> AsyncIterator[Delta]:
+    arrived: asyncio.Queue[Delta | Exception | None] = asyncio.Queue(_MOST_UNREAD)
 
     async def pump(index: int, choice: Choice) -> None:
         try:
             async for delta in choice.deltas():
-                await arrived.put((index, delta))
+                delta.choice = index
+                await arrived.put(delta)
             await arrived.put(None)
         except Exception as error:
             await arrived.put(error)

@@ -394,7 +394,7 @@ async def test_a_client_that_does_not_read_loses_its_request_and_nobody_else_doe
         it.fleet.tick()
         assert "unread" not in it.fleet._inboxes
         assert opened.failure is not None
-        assert len(await opened.read()) == 65
+        assert len(opened.take()) == 65
         assert (await other).json()["choices"][0]["text"] == TEXT
 
 
