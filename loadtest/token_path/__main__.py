@@ -3,7 +3,8 @@
 - *cost*: CPU time a token of every serving process, at a set number of streams and rate; beside
   it what the same processes use when nothing runs.
 - *pace*: with the ingress alone on one core, the time between a stream's tokens; an ingress
-  holds as many streams as keep the 99th percentile within twice the tick.
+  holds as many streams as keep the 99th percentile within twice the tick. Shares of a core say
+  who is at its end: on two cores the client and all others share one.
 """
 
 import argparse
@@ -91,13 +92,15 @@ async def _spent(seconds: float) -> tuple[dict[str, float], float]:
 
 async def pace(port: int, count: int, options: argparse.Namespace) -> dict[str, Any]:
     """The gaps between one stream's tokens, all streams together, in milliseconds."""
-    _give_cores()
-    streams = await _running(port, count, options.pace_rate, options)
-    since = time.monotonic()
-    await asyncio.sleep(options.seconds)
-    until = time.monotonic()
-    gaps = Distribution.of(1e3 * gap for s in streams for gap in s.gaps_s(since, until))
-    _close(streams)
+    with _cores_given():
+        streams = await _running(port, count, options.pace_rate, options)
+        since, own = time.monotonic(), time.process_time()
+        used, seconds = await _spent(options.seconds)
+        own = time.process_time() - own
+        gaps = Distribution.of(
+            1e3 * gap for s in streams for gap in s.gaps_s(since, since + seconds)
+        )
+        _close(streams)
     tick_ms = 1e3 / options.pace_rate
     return {
         "streams": count,
@@ -106,11 +109,16 @@ async def pace(port: int, count: int, options: argparse.Namespace) -> dict[str, 
         "gap_ms_p99": gaps.p99,
         "gap_ms_max": gaps.max,
         "holds": gaps.p99 <= 2 * tick_ms,
+        "ingress_core": used["ingress"] / seconds,
+        "client_core": own / seconds,
+        "others_core": (sum(used.values()) - used["ingress"]) / seconds,
     }
 
 
-def _give_cores() -> None:
-    """The ingress has the first core for itself, everybody else, this process too, the others."""
+@contextmanager
+def _cores_given() -> Iterator[None]:
+    """The ingress has the first core for itself, everybody else the others; this process, too, for
+    the body, so that what it starts later has all of them again."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise TokenPathError("an ingress on a core of its own takes two cores")
@@ -120,6 +128,10 @@ def _give_cores() -> None:
             for thread in process.threads():
                 os.sched_setaffinity(thread.id, chosen)
     os.sched_setaffinity(0, cores[1:])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 async def _running(
@@ -165,10 +177,12 @@ def show(report: dict[str, Any], console: Console) -> None:
         table.add_row("total", f"{found['total']:.1f}", f"{found['total'] - found['net']:.1f}")
         console.print(table)
     if paces := report.get("pace"):
-        table = Table("streams", "gap p50 ms", "p99", "max", "p99 ≤ 2 ticks")
+        cores = ("ingress", "client", "others")
+        table = Table("streams", "gap p50 ms", "p99", "max", "p99 ≤ 2 ticks", *cores)
         for each in paces:
             gaps = (f"{each[key]:.1f}" for key in ("gap_ms_p50", "gap_ms_p99", "gap_ms_max"))
-            table.add_row(str(each["streams"]), *gaps, "yes" if each["holds"] else "no")
+            shares = (f"{each[f'{role}_core']:.0%}" for role in cores)
+            table.add_row(str(each["streams"]), *gaps, "yes" if each["holds"] else "no", *shares)
         console.print(table)
 
 
