@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -267,6 +268,17 @@ def test_the_best_instruction_set_comes_first(
     said = f"processor: 0\nflags\t\t: fpu {' '.join(flags)}\nbugs: none\n"
     monkeypatch.setattr(Path, "read_text", lambda self, encoding: said)
     assert build.instruction_sets.__wrapped__() == expected
+
+
+def test_ranks_that_start_together_compile_once(tmp_path: Path) -> None:
+    runs, compiler = tmp_path / "runs", tmp_path / "g++"
+    compiler.write_text(f"#!/bin/sh\necho once >> {runs}\n", encoding="utf-8")
+    compiler.chmod(0o700)
+    path = tmp_path / "cache" / "kernels.so"
+    with ThreadPoolExecutor(4) as ranks:
+        made = list(ranks.map(lambda rank: build._compile([str(compiler)], path), range(4)))
+    assert made == [True] * 4
+    assert runs.read_text(encoding="utf-8") == "once\n"
 
 
 def test_what_others_may_write_to_is_not_loaded(tmp_path: Path) -> None:

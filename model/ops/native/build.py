@@ -5,6 +5,7 @@ need as Linux spells it in /proc/cpuinfo.
 """
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
@@ -71,15 +72,22 @@ def _is_ours(path: Path) -> bool:
 
 
 def _compile(compiler: list[str], path: Path) -> bool:
-    """Several ranks may do it at once; the last one's result stays, and all are the same."""
+    """Several ranks may ask for it at once: the first one does it, the others wait for that."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, made = tempfile.mkstemp(dir=path.parent, suffix=".so")
-        os.close(handle)
-        command = [*compiler, "-o", made, *map(str, _SOURCES)]
-        subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_TIMEOUT_S)
-        os.chmod(made, 0o700)
-        os.replace(made, path)
+        with (path.parent / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _is_ours(path):
+                _run(compiler, path)
     except (OSError, subprocess.SubprocessError):
         return False
     return _is_ours(path)
+
+
+def _run(compiler: list[str], path: Path) -> None:
+    handle, made = tempfile.mkstemp(dir=path.parent, suffix=".so")
+    os.close(handle)
+    command = [*compiler, "-o", made, *map(str, _SOURCES)]
+    subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_TIMEOUT_S)
+    os.chmod(made, 0o700)
+    os.replace(made, path)
