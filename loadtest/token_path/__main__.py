@@ -94,9 +94,9 @@ async def pace(port: int, count: int, options: argparse.Namespace) -> dict[str, 
     """The gaps between one stream's tokens, all streams together, in milliseconds."""
     with _cores_given():
         streams = await _running(port, count, options.pace_rate, options)
-        since, own = time.monotonic(), time.process_time()
+        since, own_before = time.monotonic(), time.process_time()
         used, seconds = await _spent(options.seconds)
-        own = time.process_time() - own
+        own = time.process_time() - own_before
         gaps = Distribution.of(
             1e3 * gap for s in streams for gap in s.gaps_s(since, since + seconds)
         )
@@ -117,8 +117,10 @@ async def pace(port: int, count: int, options: argparse.Namespace) -> dict[str, 
 
 @contextmanager
 def _cores_given() -> Iterator[None]:
-    """The ingress has the first core for itself, everybody else the others; this process, too, for
-    the body, so that what it starts later has all of them again."""
+    """The ingress has the first core for itself, everybody else the others.
+
+    For this process that ends with the body: what it starts later inherits its cores.
+    """
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise TokenPathError("an ingress on a core of its own takes two cores")

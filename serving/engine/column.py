@@ -56,8 +56,10 @@ class Column:
         self._left.append(sequence.id)
 
     def make_room(self, sequence: Sequence, count: int) -> list[Sequence]:
-        """Pages for a sequence's next `count` positions, which have not all of them yet, or for as
-        many as can be had.
+        """Pages for a sequence's next `count` positions, or for as many as can be had.
+
+        Args:
+            count: more than it has pages for.
 
         Returns:
             those of less importance that lost their places for it.

@@ -231,14 +231,13 @@ class Scheduler:
         Who loses its pages starts over from its tokens when there is room again. A sample of it
         that is still on its way counts: it was computed from a cache that was whole.
         """
-        room = len(sequence.pages) * PAGE_TOKENS - sequence.scheduled
-        if count <= room:
+        if count <= sequence.room:
             return count
         for preempted in self._columns[sequence.column].make_room(sequence, count):
             preempted.stats.preemptions += 1
             self._preemptions += 1
             insort(self._waiting, preempted, key=by_rank)
-        return min(count, len(sequence.pages) * PAGE_TOKENS - sequence.scheduled)
+        return min(count, sequence.room)
 
     def _admit(self, plans: list[RankPlan], budgets: list[int]) -> None:
         """Starts waiting sequences, most important first, until one finds no place."""

@@ -44,6 +44,11 @@ class Sequence:
         return len(self.tokens)
 
     @property
+    def room(self) -> int:
+        """How many positions that are still to be given have pages."""
+        return len(self.pages) * PAGE_TOKENS - self.scheduled
+
+    @property
     def rank_key(self) -> tuple[int, int]:
         """Who goes first: lower priority number, then earlier arrival."""
         return self.request.priority, self.arrival

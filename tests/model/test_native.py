@@ -252,6 +252,7 @@ def test_a_compiler_that_fails_means_no_kernels(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build.shutil, "which", lambda name: "/bin/false")
     assert build.library.__wrapped__(build.AVX2) is None
+    assert not list(tmp_path.rglob("*.so"))
 
 
 @pytest.mark.parametrize(

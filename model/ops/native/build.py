@@ -88,6 +88,9 @@ def _run(compiler: list[str], path: Path) -> None:
     handle, made = tempfile.mkstemp(dir=path.parent, suffix=".so")
     os.close(handle)
     command = [*compiler, "-o", made, *map(str, _SOURCES)]
-    subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_TIMEOUT_S)
-    os.chmod(made, 0o700)
-    os.replace(made, path)
+    try:
+        subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_TIMEOUT_S)
+        os.chmod(made, 0o700)
+        os.replace(made, path)
+    finally:
+        Path(made).unlink(missing_ok=True)  # of a compiler that failed
